@@ -74,7 +74,8 @@ METHODS: dict[str, Method] = {
             "masformer",
             2,
             "MASFormer",
-            "Efficient Long-Range Transformers: You Need to Attend More, but Not Necessarily at Every Layer (EMNLP Findings 2023)",
+            "Efficient Long-Range Transformers: You Need to Attend More, but Not Necessarily at Every Layer "
+            "(EMNLP Findings 2023)",
             "2310.12442",
             "Keeps full attention at a few layers and local attention elsewhere.",
             "Which layers need the whole text?",
@@ -104,7 +105,8 @@ METHODS: dict[str, Method] = {
             "losparse",
             5,
             "LoSparse",
-            "LoSparse: Structured Compression of Large Language Models based on Low-Rank and Sparse Approximation (ICML 2023)",
+            "LoSparse: Structured Compression of Large Language Models based on Low-Rank and Sparse Approximation "
+            "(ICML 2023)",
             "2306.11222",
             "Writes each weight matrix as low-rank plus structured-sparse, and really shrinks it.",
             "Which part of a weight matters?",
@@ -144,7 +146,8 @@ METHODS: dict[str, Method] = {
             "ernie",
             9,
             "ERNIE",
-            "Robust Multi-Agent Reinforcement Learning via Adversarial Regularization: Theoretical Foundation and Stable Algorithms (NeurIPS 2023)",
+            "Robust Multi-Agent Reinforcement Learning via Adversarial Regularization: Theoretical Foundation and Stable "
+            "Algorithms (NeurIPS 2023)",
             "2310.10810",
             "Regularises multi-agent policies against adversarial observations.",
             "What if the sensors shake?",

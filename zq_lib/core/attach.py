@@ -71,7 +71,7 @@ class KeyBias:
 
 
 def rows_that_see(favoured: Tensor, queries: int, mask: Tensor | None, causal: bool) -> Tensor:
-    """The row rule: which queries see a favoured key, [B, T] bool. `favoured` [B, S]; `mask` as transformers gives it."""
+    """The row rule: which queries see a favoured key, [B, T] bool. `favoured` [B, S]; `mask` is transformers' own."""
     if mask is not None:
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         return (visible[:, :1] & favoured[:, None, None, :]).any(-1)[:, 0]  # [B, T]

@@ -66,7 +66,7 @@ class PastaConfig:
 
     @classmethod
     def paper(cls, heads: Heads) -> Self:
-        """The paper's setting for a model with its own profile: alpha 0.01, scale down everything that is not marked."""
+        """The paper's setting for a model with its own profile: alpha 0.01, all unmarked tokens scaled down."""
         return cls(alpha=0.01, heads=heads, mode="exclude", protect="none", scope="all")
 
 

@@ -47,8 +47,8 @@ def parse(source: str) -> MarkedText:
     Marks nest and may touch; where they overlap the largest weight counts. A backslash before `*`, `=`, `<`, `(` or
     `\\` takes the character literally, as does a star or `==` between spaces (`2 * 3`); plain parentheses are text.
 
-    >>> parse("Say *only* this, (softly:0.5).")
-    MarkedText(text='Say only this, softly.', spans=(Span(start=4, end=8, weight=1.0), Span(start=15, end=21, weight=0.5)))
+    >>> parse("Say (softly:0.5).")
+    MarkedText(text='Say softly.', spans=(Span(start=4, end=10, weight=0.5),))
 
     Raises MarkupError for emphasis that is unclosed, empty, crossed, or whose weight is not within -4 to 4.
     """

@@ -132,7 +132,7 @@ class HeadProfile:
             return cls(**kept)
         except (AttributeError, TypeError, ValueError, KeyError) as error:
             raise ValueError(
-                f'{name!r} is not a head profile; expected {{"layer": [heads], ...}} or a file written by HeadProfile.save'
+                f'{name!r} is not a head profile; give {{"layer": [heads], ...}} or a file that HeadProfile.save wrote'
             ) from error
 
 

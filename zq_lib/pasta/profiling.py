@@ -1,11 +1,11 @@
 """Which heads to steer: score every (layer, head) alone (section 3.2, Algorithm 1), without one pass per head.
 
-| method      | how                                                                      | passes for L x H heads       |
-| ----------- | ------------------------------------------------------------------------ | ---------------------------- |
-| "loop"      | one forward per head, as published                                       | L H                          |
-| "batched"   | each row of a batch steers another head                                  | L H rows                     |
-| "staircase" | rows join at the layer they steer, having shared everything below        | about L H / 2 rows, exact    |
-| "gradient"  | a gate multiplies each head's bias; one backward gives d score / d gate  | 1 forward and 1 backward     |
+| method      | how                                                                      | cost of L x H heads    |
+| ----------- | ------------------------------------------------------------------------ | ---------------------- |
+| "loop"      | one forward per head, as published                                       | L H passes             |
+| "batched"   | each row of a batch steers another head                                  | L H rows               |
+| "staircase" | rows join at the layer they steer, having shared everything below        | about L H / 2 rows     |
+| "gradient"  | a gate multiplies each head's bias; one backward gives d score / d gate  | a forward + a backward |
 
 The first three give the same table; the fourth is its first-order estimate, good for a shortlist.
 """
@@ -176,7 +176,7 @@ def _prepare(tokenizer: PreTrainedTokenizerBase, probe: Probe, config: PastaConf
     other = tokenizer(probe.competitor, add_special_tokens=False)["input_ids"][0]
     if other == target[0]:
         raise ValueError(
-            f"target {probe.target!r} and competitor {probe.competitor!r} start with the same token; choose another pair"
+            f"target {probe.target!r} and competitor {probe.competitor!r} start with the same token; choose others"
         )
     return _Ready(prompt.input_ids[0], bias, target[:1], other)
 

@@ -173,7 +173,7 @@ def _tokenise(
     ids, limit = coded["input_ids"], tokenizer.model_max_length
     if max_length is None and len(ids) > limit:
         raise ValueError(
-            f"source has {len(ids)} tokens, more than the {limit} this model reads; shorten it or set max_length={limit}"
+            f"source has {len(ids)} tokens, more than the {limit} that fit; shorten it or set max_length={limit}"
         )
     controls = set(tokenizer.all_special_ids)
     weights, hit, message = [], [], []

@@ -1,0 +1,182 @@
+"""Compile every kernel for several GPUs on a machine that has none, and keep an eye on registers, memory and spills.
+
+`python -m zq_lib.core.kernels` compiles the `SPECS` of every built method and fails if one does not compile or does not
+fit; with `--write` it stores the figures in bench/results/aot.csv. Run it without TRITON_INTERPRET: Triton reads that
+variable when a kernel is decorated, and an interpreted kernel cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from zq_lib.core.backend import interpreting
+from zq_lib.registry import built
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results" / "aot.csv"
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel with one set of argument types and constants, as a launch on a GPU would specialise it.
+
+    `signature` maps every argument that is not in `constexprs` to a Triton type such as "*bf16", "i32" or "fp32"; the
+    suffix ":16" says that the value is a multiple of 16, as Triton finds out for itself at a launch.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, the shared memory that one program may have, and how deep loads may be pipelined in it."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+    most_stages: int
+
+
+HIP_STAGES = 1  # on AMD: 64 KiB hold one stage of the tiles that suit the other cards' 163 KiB and more
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, 166_912, 4),  # A100: 163 KiB
+    Target("sm_90", "cuda", 90, 32, 232_448, 4),  # H100, H200: 227 KiB
+    Target("gfx942", "hip", "gfx942", 64, 65_536, HIP_STAGES),  # MI300: 64 KiB
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one compilation used: registers a thread, shared bytes a program, spilled bytes a thread."""
+
+    method: str
+    kernel: str
+    variant: str
+    target: str
+    registers: int = 0
+    shared_bytes: int = 0
+    spill_bytes: int = 0
+    triton: str = ""
+    error: str = field(default="", compare=False)
+
+
+def compile_all(specs: Iterable[KernelSpec], targets: Sequence[Target] = TARGETS, method: str = "") -> list[Compiled]:
+    """Compile each spec for each target. A kernel that fails gives a row with `error` set; nothing is raised for it."""
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET is set, so the kernels cannot be compiled; unset it and start Python again.")
+    return [_compile(spec, target, method) for spec in specs for target in targets]
+
+
+def _compile(spec: KernelSpec, target: Target, method: str) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, hints = {}, {}
+    for i, name in enumerate(spec.kernel.arg_names):
+        kind, _, multiple = ("constexpr" if name in spec.constexprs else spec.signature[name]).partition(":")
+        signature[name] = kind
+        if multiple:
+            hints[(i,)] = [["tt.divisibility", int(multiple)]]
+    source = ASTSource(fn=spec.kernel, signature=signature, constexprs=dict(spec.constexprs), attrs=hints)
+    row = dict(method=method, kernel=spec.name, variant=spec.variant, target=target.name, triton=triton.__version__)
+    try:
+        binary = triton.compile(
+            source,
+            target=GPUTarget(target.backend, target.arch, target.warp_size),
+            options={"num_warps": spec.num_warps, "num_stages": min(spec.num_stages, target.most_stages)},
+        )
+        registers, spills = (_cuda_usage if target.backend == "cuda" else _hip_usage)(binary.asm)
+    except Exception as failure:  # the compiler raises many types, and the table must show the other kernels too
+        return Compiled(**row, error=f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1:]}")
+    shared = binary.metadata.shared
+    error = f"{shared} bytes of shared memory, {target.shared_limit} exist" if shared > target.shared_limit else ""
+    return Compiled(**row, registers=registers, shared_bytes=shared, spill_bytes=spills, error=error)
+
+
+def _cuda_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
+    """Registers and stack bytes from the binary; a Triton kernel has no stack but for spilled registers."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+
+
+def _hip_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
+    """Vector registers (accumulation registers included) and scratch bytes from the assembly's metadata."""
+    text = asm["amdgcn"]
+    return _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's output has no {pattern!r}")
+    return int(found.group(1))
+
+
+def columns() -> list[str]:
+    """The columns of aot.csv."""
+    return [f.name for f in fields(Compiled) if f.name != "error"]
+
+
+def read(path: Path = RESULTS) -> list[Compiled]:
+    """The stored figures."""
+    with path.open(newline="") as file:
+        return [
+            Compiled(**{k: int(v) if k in ("registers", "shared_bytes", "spill_bytes") else v for k, v in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def write(rows: Iterable[Compiled], path: Path = RESULTS) -> None:
+    """Store the figures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, columns(), extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(asdict(row) for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: compile everything, print the table, return the number of failures (at most 1)."""
+    parser = argparse.ArgumentParser(prog="python -m zq_lib.core.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="store the figures in bench/results/aot.csv")
+    options = parser.parse_args(arguments)
+    rows: list[Compiled] = []
+    print(f"{'kernel':34}{'variant':22}{'target':8}{'registers':>10}{'shared':>9}{'spilled':>9}")
+    for method in built():
+        for spec in method.load("kernels").SPECS:
+            for row in compile_all([spec], method=method.slug):
+                rows.append(row)
+                figures = f"{row.registers:10}{row.shared_bytes:9}{row.spill_bytes:9}"
+                print(f"{row.method + '.' + row.kernel:34}{row.variant:22}{row.target:8}{figures}  {row.error}", flush=True)
+    failed = [row for row in rows if row.error]
+    print(f"{len(rows)} binaries, {len(failed)} failed")
+    if options.write and not failed:
+        write(rows)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
