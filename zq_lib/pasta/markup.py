@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, field
 
 _TAG = re.compile(r"</?em>", re.IGNORECASE)
-_WEIGHT = re.compile(r":([+-]?(?:\d+\.?\d*|\.\d+))$")
+_WEIGHT = re.compile(r":([+-]?(?:\d+\.?\d*|\.\d+))\Z")
+_RUN = re.compile(r"\*+|=+")
 _SPECIAL = "\\*=<("
 MAX_WEIGHT = 4.0  # alpha ** (1 - 4) is already a millionfold at alpha = 0.01
 
@@ -52,14 +53,8 @@ def parse(source: str) -> MarkedText:
 
     Raises MarkupError for emphasis that is unclosed, empty, crossed, or whose weight is not within -4 to 4.
     """
-    out: list[str] = []
-    length = 0
+    out: list[str] = []  # one character each
     stack = [_Open("", 0, 0)]
-
-    def emit(text: str) -> None:
-        nonlocal length
-        out.append(text)
-        length += len(text)
 
     def close(mark: str, at: int) -> None:
         while stack[-1].mark == "(":  # a parenthesis that never closed is text
@@ -74,15 +69,15 @@ def parse(source: str) -> MarkedText:
         _add(stack[-1], top, 1.0)
 
     def _add(parent: _Open, top: _Open, weight: float) -> None:
-        if not "".join(out)[top.out :].strip():
+        if not "".join(out[top.out :]).strip():
             raise MarkupError(f"{_near(source, top.at)} emphasises nothing; put a word between the marks")
-        parent.inner += [*top.inner, Span(top.out, length, weight)]
+        parent.inner += [*top.inner, Span(top.out, len(out), weight)]
 
     i = 0
     while i < len(source):
         char = source[i]
         if char == "\\" and i + 1 < len(source) and source[i + 1] in _SPECIAL:
-            emit(source[i + 1])
+            out.append(source[i + 1])
             i += 2
         elif tag := _TAG.match(source, i):
             if source[i + 1] == "/":
@@ -92,40 +87,47 @@ def parse(source: str) -> MarkedText:
                     )
                 close("<em>", i)
             else:
-                stack.append(_Open("<em>", i, length))
+                stack.append(_Open("<em>", i, len(out)))
             i = tag.end()
         elif char == "*" or source.startswith("==", i):
             mark = _delimiter(source, i, stack)
             if mark and any(o.mark == mark for o in stack):
                 close(mark, i)
             elif mark and not _space_after(source, i + len(mark)):
-                stack.append(_Open(mark, i, length))
+                stack.append(_Open(mark, i, len(out)))
             else:
-                mark = "**" if source.startswith("**", i) else source[i : i + (2 if char == "=" else 1)]
-                emit(mark)
+                mark = mark or _RUN.match(source, i)[0]
+                out += mark
             i += len(mark)
         elif char == "(":
-            stack.append(_Open("(", i, length))
-            emit("(")
+            stack.append(_Open("(", i, len(out)))
+            out.append("(")
             i += 1
         elif char == ")" and stack[-1].mark == "(":
             top = stack.pop()
-            inside = "".join(out)[top.out + 1 :]
+            inside = "".join(out[top.out + 1 :])
             if found := _WEIGHT.search(inside):
                 weight = float(found[1])
                 if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
-                    raise MarkupError(f"{_near(source, top.at)} has weight {found[1]}; use one between -4 and 4")
-                kept = "".join(out)[: top.out] + inside[: found.start()]
-                out[:], length = [kept], len(kept)
-                moved = [Span(s.start - 1, min(s.end - 1, length), s.weight) for s in top.inner]
+                    raise MarkupError(
+                        f"{_near(source, top.at)} has weight {found[1]}; use one between -4 and 4, "
+                        f"or write {chr(92)}( for the character itself"
+                    )
+                out[top.out :] = inside[: found.start()]
+                moved = [Span(s.start - 1, min(s.end - 1, len(out)), s.weight) for s in top.inner]
                 top.inner = [s for s in moved if s.start < s.end]  # a mark on the weight itself is gone with it
                 _add(stack[-1], top, weight)
             else:
-                emit(")")
+                out.append(")")
                 stack[-1].inner += top.inner
             i += 1
+        elif char == ")" and (crossed := _crossed_weight(source, i, stack)):
+            raise MarkupError(
+                f"{_near(source, i)} closes '(' while {crossed.mark!r} from character {crossed.at} is still open; "
+                "close the inner emphasis first"
+            )
         else:
-            emit(char)
+            out.append(char)
             i += 1
     while len(stack) > 1:
         top = stack.pop()
@@ -143,22 +145,23 @@ def escape(text: str) -> str:
     return re.sub(r"([\\*=<(])", r"\\\1", text)
 
 
-def weights_at(spans: tuple[Span, ...], start: int, end: int) -> float | None:
-    """Largest weight among the spans that share a character with [start, end), or None."""
-    return max((s.weight for s in spans if s.start < end and start < s.end), default=None)
-
-
 def _delimiter(source: str, i: int, stack: list[_Open]) -> str:
     """Which mark the characters at `i` are, given what is open; '' when they stand between spaces."""
-    if source[i] == "=":
-        return "" if _is_space(source, i - 1) and _space_after(source, i + 2) else "=="
-    run = len(source) - i - len(source[i:].lstrip("*"))
+    run = len(_RUN.match(source, i)[0])
     if _is_space(source, i - 1) and _space_after(source, i + run):
         return ""
+    if source[i] == "=":
+        return "=="
     top = next((o.mark for o in reversed(stack) if o.mark != "("), "")
     if run == 1 or (top == "*" and run % 2):
         return "*"
     return "**"
+
+
+def _crossed_weight(source: str, i: int, stack: list[_Open]) -> _Open | None:
+    """The mark that is open inside the `(text:weight` which the parenthesis at `i` would close, if there is one."""
+    opened = next((at for at in range(len(stack) - 1, 0, -1) if stack[at].mark == "("), None)
+    return stack[-1] if opened and _WEIGHT.search(source, stack[opened].at, i) else None
 
 
 def _is_space(source: str, i: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from zq_lib.pasta.markup import MarkedText, Span, parse, weights_at
+from zq_lib.pasta.markup import MarkedText, Span, parse
 
 Message = Mapping[str, str]
 Source = str | MarkedText | Sequence[Message]
@@ -127,7 +127,12 @@ def _render(
         return source, [(0, len(source.text))], False
     if not tokenizer.chat_template:
         raise ValueError("source is a chat, but this tokenizer has no chat template; give plain text instead")
-    marked = [m["content"] if isinstance(m["content"], MarkedText) else read(m["content"]) for m in source]
+    marked = []
+    for i, message in enumerate(source):
+        content = message.get("content")
+        if not isinstance(content, str | MarkedText):
+            raise ValueError(f"message {i} has content {content!r}; give a string or MarkedText")
+        marked.append(read(content) if isinstance(content, str) else content)
 
     def template(contents: list[str]) -> str:
         messages = [{**m, "content": c} for m, c in zip(source, contents, strict=True)]
@@ -137,21 +142,20 @@ def _render(
     # text itself would find it in the wrong message.
     frame = template([_SENTINEL.format(i) for i in range(len(marked))])
     final = template([m.text for m in marked])
-    text, ranges, spans, at = "", [], [], 0
+    text, ranges, spans = "", [], []
     for i, content in enumerate(marked):
-        sentinel = _SENTINEL.format(i)
-        before, found, _ = frame[at:].partition(sentinel)
-        at += len(before) + len(sentinel)
-        text += before
-        kept = content.text
-        if not final.startswith(text + kept):
-            kept = kept.strip()  # many templates strip what they are given
-        if not found or not final.startswith(text + kept):
+        before, found, frame = frame.partition(_SENTINEL.format(i))
+        after = frame.partition(_SENTINEL.format(i + 1))[0]
+        plain, text = content.text, text + before
+        # Many templates strip what they are given.
+        forms = (plain, plain.strip(), plain.lstrip(), plain.rstrip())
+        kept = next((form for form in forms if final.startswith(text + form + after)), None)
+        if not found or kept is None:
             raise ValueError(
-                f"the chat template changes message {i} ({content.text[:40]!r}), so its marks cannot be placed; "
+                f"the chat template changes message {i} ({plain[:40]!r}), so its marks cannot be placed; "
                 "render the chat yourself and give the string"
             )
-        shift = len(text) - (len(content.text) - len(content.text.lstrip()) if kept != content.text else 0)
+        shift = len(text) - plain.index(kept)
         ranges.append((len(text), len(text) + len(kept)))
         spans += [Span(s.start + shift, s.end + shift, s.weight) for s in content.spans]
         text += kept
@@ -176,17 +180,23 @@ def _tokenise(
             f"source has {len(ids)} tokens, more than the {limit} that fit; shorten it or set max_length={limit}"
         )
     controls = set(tokenizer.all_special_ids)
-    weights, hit, message = [], [], []
+    weights, hit, message, kept = [], [], [], set()
     for start, end in coded["offset_mapping"]:
         piece = marked.text[start:end]
         start += len(piece) - len(piece.lstrip())
         end = max(start, end - (len(piece) - len(piece.rstrip())))
-        weight = weights_at(marked.spans, start, end) if start < end else None
+        over = [s for s in marked.spans if start < end and s.start < end and start < s.end]
+        kept.update(over)
+        weight = max((s.weight for s in over), default=None)
         weights.append(0.0 if weight is None else weight)
         hit.append(weight is not None)
         message.append(next((i for i, (a, b) in enumerate(ranges) if start < b and a < end), -1))
-    if marked.spans and not any(hit):
-        warnings.warn("every mark was cut off or covers no token; this prompt is not steered", stacklevel=3)
+    for span in sorted(set(marked.spans) - kept):
+        what = "" if kept else ", and nothing else is marked: this prompt is not steered"
+        warnings.warn(
+            f"the mark on {marked.text[span.start : span.end][:40]!r} was cut off or covers no token{what}",
+            stacklevel=3,
+        )
     special = [bool(s) or i in controls for s, i in zip(coded["special_tokens_mask"], ids, strict=True)]
     return {
         "ids": ids,

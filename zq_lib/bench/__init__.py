@@ -1,0 +1,1 @@
+"""Benchmarks: the harness, and the committed results it wrote."""

@@ -1,0 +1,133 @@
+"""What the forward and the backward kernels of PASTA share: tile loads, visibility, and the launch table.
+
+Every address is computed in 64 bits. Tiles are guarded in each dimension that can overrun, with an explicit fill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zq_lib.core.backend import interpreting
+from zq_lib.core.kernels import HIP_STAGES
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction on a GPU, exp is two
+FILL = tl.constexpr(-1e30)  # finite: in a block without a visible key `score - maximum` is then 0 and not NaN
+
+INTERPRETED = interpreting()  # Triton has just read the same variable while decorating the kernels below
+WIDEST_HEAD = 256
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One row of a launch table: rows and keys per tile, warps per program, stages of the load pipeline."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+# Keys: (kernel, half precision?, head width up to). Untimed so far.
+LAUNCH: dict[tuple[str, bool, int], Settings] = {
+    ("forward", True, 64): Settings(128, 64, 8, 3),
+    ("forward", True, 128): Settings(128, 64, 8, 2),
+    ("forward", True, 256): Settings(64, 16, 8, 2),
+    ("forward", False, 64): Settings(32, 32, 4, 2),
+    ("forward", False, 256): Settings(16, 16, 4, 1),
+    ("decode", True, 128): Settings(1, 64, 4, 3),
+    ("decode", True, 256): Settings(1, 32, 4, 2),
+    ("decode", False, 128): Settings(1, 16, 4, 2),
+    ("decode", False, 256): Settings(1, 16, 4, 1),
+    ("queries", True, 64): Settings(128, 32, 8, 2),
+    ("queries", True, 128): Settings(64, 32, 8, 2),
+    ("queries", True, 256): Settings(32, 16, 8, 1),
+    ("queries", False, 64): Settings(32, 16, 4, 1),
+    ("queries", False, 256): Settings(16, 16, 4, 1),
+    ("keys", True, 64): Settings(16, 128, 8, 2),
+    ("keys", True, 128): Settings(16, 64, 8, 2),
+    ("keys", True, 256): Settings(16, 32, 8, 1),
+    ("keys", False, 64): Settings(16, 32, 4, 1),
+    ("keys", False, 256): Settings(16, 16, 4, 1),
+}
+# In the interpreter a program costs about 3 ms whatever its size; small tiles keep several blocks in a toy example.
+TOY = Settings(16, 16, 4, 1)
+MERGE = Settings(1, 1, 4, 1)  # one row of at most 32 partial rows: 32 fp32 values a thread at width 128
+
+
+def settings(kernel: str, dtype: torch.dtype, width: int) -> Settings:
+    """The launch settings of `kernel` ("forward", "decode", "queries", "keys") for tensors of `dtype`, head `width`."""
+    if INTERPRETED:
+        return TOY
+    classes = sorted(limit for name, half, limit in LAUNCH if name == kernel and half == (dtype != torch.float32))
+    limit = next(limit for limit in classes if width <= limit)
+    row = LAUNCH[kernel, dtype != torch.float32, limit]
+    return replace(row, stages=min(row.stages, HIP_STAGES)) if torch.version.hip else row
+
+
+def operand(dtype: torch.dtype) -> tl.dtype:
+    """The type of a dot product's operands: the tensor's own on a GPU, fp32 in the interpreter, whose bf16 is broken."""
+    return tl.float32 if INTERPRETED else DTYPES[dtype]
+
+
+def padded(width: int) -> int:
+    """The head width rounded up to what a tile may have: a power of two, at least 16 for a dot product."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def spans(mask: Tensor, dim: int, block: int) -> Tensor:
+    """For every block of `dim` (2 queries, 3 keys), the range along the other dimension that holds all it can see.
+
+    `mask` [B or 1, 1, T, S] bool. Returns [B or 1, blocks, 2] int32: first, one past the last; (0, 0) if there is none.
+    A window or a padded prompt thus costs what it shows and not T times S.
+    """
+    seen = mask[:, 0] if dim == 2 else mask[:, 0].transpose(1, 2)  # [B or 1, this, other]
+    short = -seen.shape[1] % block
+    seen = torch.nn.functional.pad(seen, (0, 0, 0, short)).unflatten(1, (-1, block)).any(2).to(torch.int32)
+    first, back = seen.argmax(-1), seen.flip(-1).argmax(-1)
+    last = torch.where(seen.any(-1), seen.shape[-1] - back, 0)
+    return torch.stack([first, last], -1).to(torch.int32).contiguous()
+
+
+@triton.jit
+def load_tile(base, stride, count, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, GUARD: tl.constexpr):
+    """`BLOCK` rows from `base`, zero beyond row `count` (if GUARD) and beyond column D. [BLOCK, BLOCK_D]"""
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    pointers = base + row.to(tl.int64) * stride + column
+    if GUARD:
+        if D == BLOCK_D:
+            return tl.load(pointers, mask=row < count, other=0.0)
+        else:
+            return tl.load(pointers, mask=(row < count) & (column < D), other=0.0)
+    else:
+        if D == BLOCK_D:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=column < D, other=0.0)
+
+
+@triton.jit
+def store_tile(base, stride, count, value, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the rows below `count` and the columns below D of `value` [BLOCK, BLOCK_D], in the type of `base`."""
+    row = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    pointers = base + row.to(tl.int64) * stride + column
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=(row < count) & (column < D))
+
+
+@triton.jit
+def is_visible(MASK, stride_mask, query, key, T, S, CAUSAL: tl.constexpr):
+    """Whether each query sees each key; `query` and `key` are broadcast against each other. A given mask decides alone."""
+    if MASK is not None:
+        inside = (query < T) & (key < S)
+        return tl.load(MASK + query.to(tl.int64) * stride_mask + key, mask=inside, other=0) != 0
+    elif CAUSAL:
+        return (key <= query + (S - T)) & (key < S)
+    else:
+        return (key < S) & (query >= 0)  # the second part only gives it the tile's shape
