@@ -50,3 +50,9 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if error == 0:
         return 0.0
     return error / size if size != 0 else error if error != error else float("inf")
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation of two tensors of the same shape, assuming no ties."""
+    ranks = torch.stack([x.flatten().argsort().argsort().double() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])

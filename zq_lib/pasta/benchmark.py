@@ -8,6 +8,7 @@ import torch
 
 from zq_lib.core import models
 from zq_lib.core.lab import Row
+from zq_lib.core.numerics import spearman
 from zq_lib.core.timing import cpu_seconds, paired_ratio
 from zq_lib.pasta.config import PastaConfig
 from zq_lib.pasta.lab import run
@@ -87,12 +88,6 @@ def profiling(say: Say) -> list[Row]:
     for row in rows:
         row["times_cheaper"] = rows[0]["cpu_s_per_prompt"] / row["cpu_s_per_prompt"]
     return rows
-
-
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Rank correlation of two score tables without ties."""
-    ranks = torch.stack([x.flatten().argsort().argsort().double() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
 
 
 BENCHMARKS = {"profiling": profiling, "generation": generation, "tables": tables}

@@ -46,8 +46,8 @@ def log_odds(before: Tensor, after: Tensor, alpha: float) -> Figure:
         axes.set_title(f"Steering adds {number(shift)} to the log-odds of every head")
     return Figure(
         fig,
-        f"Scatter of {len(x)} heads, log-odds of the marked tokens' share before and after steering: all lie on a line of "
-        f"slope one, {number(shift)} above the diagonal, which is minus the logarithm of alpha {alpha:g}.",
+        f"Scatter of {len(x)} heads, log-odds of the marked tokens' share before and after steering: all lie on a "
+        f"line of slope one, {number(shift)} above the diagonal, which is minus the logarithm of alpha {alpha:g}.",
     )
 
 
@@ -125,8 +125,8 @@ def head_map(scores: Tensor, chosen: Sequence[tuple[int, int]] = (), what: str =
     rings = f" The {len(chosen)} rings are the heads chosen." if chosen else ""
     return Figure(
         fig,
-        f"Map of {scores.shape[0]} layers by {scores.shape[1]} heads, colour is the {what} when that head alone is steered: "
-        f"best layer {layer} head {head} with {number(float(scores.max()))}, worst {number(float(scores.min()))}.{rings}",
+        f"Map of {scores.shape[0]} layers by {scores.shape[1]} heads, colour is the {what} when that head alone is "
+        f"steered: best layer {layer} head {head} with {number(float(scores.max()))}, worst {number(float(scores.min()))}.{rings}",
     )
 
 
@@ -150,7 +150,8 @@ def agreement(estimate: Tensor, exact: Tensor, rank_correlation: float) -> Figur
         axes.set_title(f"One backward pass ranks the heads: correlation {rank_correlation:.2f}")
     return Figure(
         fig,
-        f"Scatter of {exact.numel()} heads, gradient estimate against exact gain: rank correlation {number(rank_correlation)}.",
+        f"Scatter of {exact.numel()} heads, gradient estimate against exact gain: rank correlation "
+        f"{number(rank_correlation)}.",
     )
 
 
@@ -209,6 +210,6 @@ def next_tokens(before: Sequence[tuple[str, float]], after: Sequence[tuple[str, 
     first, last = before[0], after[0]
     return Figure(
         fig,
-        f"Two bar charts of the most likely next tokens: unsteered {first[0]!r} at {number(first[1])}, steered {last[0]!r} at "
-        f"{number(last[1])}.",
+        f"Two bar charts of the most likely next tokens: unsteered {first[0]!r} at {number(first[1])}, "
+        f"steered {last[0]!r} at {number(last[1])}.",
     )

@@ -42,7 +42,7 @@ KEYS_PER_SPLIT = 16 if INTERPRETED else 256  # fewer would not pay for a second 
 
 @triton.jit
 def _fold(
-    acc, top, total, q, K, V, BETA, MASK, stride_k, stride_v, stride_mask, query, gain, steered, scale, start, stop, T, S,
+    acc, top, total, q, K, V, BETA, MASK, stride_k, stride_v, stride_mask, query, gain, reach, scale, start, stop, T, S,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, EDGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -55,8 +55,8 @@ def _fold(
         key = first + tl.arange(0, BLOCK_N)
         k = load_tile(K + offset * stride_k, stride_k, S - first, BLOCK_N, D, BLOCK_D, EDGE).to(DOT)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        # `steered` is uniform over the program: an unsteered one reads no bias and adds an exact zero.
-        scores += gain[:, None] * tl.load(BETA + key, mask=(key < S) & steered, other=0.0)[None, :]
+        # `reach` is 0 for an unsteered program, which then reads no bias and adds an exact zero.
+        scores += gain[:, None] * tl.load(BETA + key, mask=key < reach, other=0.0)[None, :]
         if EDGE:
             visible = is_visible(MASK, stride_mask, query[:, None], key[None, :], T, S, CAUSAL)
             scores = tl.where(visible, scores, FILL)
@@ -102,7 +102,7 @@ def _forward(
     gain = tl.zeros([BLOCK_M], tl.float32) + gate * LOG2E
     if ROWS is not None:
         gain *= tl.load(ROWS + b * T + query, mask=query < T, other=0.0)
-    steered = tl.max(tl.abs(gain), 0) > 0
+    reach = tl.where(tl.max(tl.abs(gain), 0) > 0, S, 0)
     start = 0
     if MASK is not None:
         MASK += b * stride_mb
@@ -121,11 +121,11 @@ def _forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     if MASK is None:
         acc, top, total = _fold(
-            acc, top, total, q, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, steered, scale,
+            acc, top, total, q, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, reach, scale,
             start, full, T, S, D, BLOCK_D, BLOCK_N, CAUSAL, False, DOT,
         )  # fmt: skip
     acc, top, total = _fold(
-        acc, top, total, q, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, steered, scale,
+        acc, top, total, q, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, reach, scale,
         full, stop, T, S, D, BLOCK_D, BLOCK_N, CAUSAL, True, DOT,
     )  # fmt: skip
     dead = total == 0
@@ -158,7 +158,7 @@ def _decode(
     gain = tl.load(GATE + head, mask=here, other=0.0) * LOG2E
     if ROWS is not None:
         gain *= tl.load(ROWS + b)
-    steered = tl.max(tl.abs(gain), 0) > 0
+    reach = tl.where(tl.max(tl.abs(gain), 0) > 0, S, 0)
     share = tl.cdiv(tl.cdiv(S, BLOCK_N), SPLITS) * BLOCK_N
     start = split * share
     stop = tl.minimum(start + share, S)
@@ -174,11 +174,11 @@ def _decode(
     only = tl.zeros([BLOCK_M], tl.int32)  # every row of the tile is the same query
     if MASK is None:
         acc, top, total = _fold(
-            acc, top, total, q, K, V, BETA, MASK, stride_ks, stride_vs, 0, only, gain, steered, scale, start, full, 1, S,
+            acc, top, total, q, K, V, BETA, MASK, stride_ks, stride_vs, 0, only, gain, reach, scale, start, full, 1, S,
             D, BLOCK_D, BLOCK_N, False, False, DOT,
         )  # fmt: skip
     acc, top, total = _fold(
-        acc, top, total, q, K, V, BETA, MASK, stride_ks, stride_vs, 0, only, gain, steered, scale, full, stop, 1, S,
+        acc, top, total, q, K, V, BETA, MASK, stride_ks, stride_vs, 0, only, gain, reach, scale, full, stop, 1, S,
         D, BLOCK_D, BLOCK_N, False, True, DOT,
     )  # fmt: skip
     dead = total == 0

@@ -22,7 +22,7 @@ def _load_lse(LSE, query, T):
 
 @triton.jit
 def _over_keys(
-    dq, dgain, q, do, lse, delta, K, V, BETA, MASK, stride_k, stride_v, stride_mask, query, gain, steered, scale,
+    dq, dgain, q, do, lse, delta, K, V, BETA, MASK, stride_k, stride_v, stride_mask, query, gain, reach, scale,
     start, stop, T, S, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, EDGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -33,7 +33,7 @@ def _over_keys(
         k = load_tile(K + offset * stride_k, stride_k, S - first, BLOCK_N, D, BLOCK_D, EDGE).to(DOT)
         v = load_tile(V + offset * stride_v, stride_v, S - first, BLOCK_N, D, BLOCK_D, EDGE).to(DOT)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        beta = tl.load(BETA + key, mask=(key < S) & steered, other=0.0)
+        beta = tl.load(BETA + key, mask=key < reach, other=0.0)  # reach 0: nobody needs it
         scores += gain[:, None] * beta[None, :]
         p = tl.exp2(scores - lse[:, None])
         if EDGE:
@@ -79,9 +79,10 @@ def backward_queries(
     if ROWS is not None:
         allowed = tl.load(ROWS + b * T + query, mask=query < T, other=0.0)
     gain = allowed * tl.load(GATE + bh) * LOG2E
-    steered = tl.max(tl.abs(gain), 0) > 0
+    needed = tl.max(tl.abs(gain), 0)
     if DGATE is not None:  # the derivative at gate 0 is what profiling by gradients asks for
-        steered = tl.max(tl.abs(allowed), 0) > 0
+        needed = tl.max(tl.abs(allowed), 0)
+    reach = tl.where(needed > 0, S, 0)
     start = 0
     if MASK is not None:
         MASK += b * stride_mb
@@ -98,11 +99,11 @@ def backward_queries(
     dgain = tl.zeros([BLOCK_M], tl.float32)
     if MASK is None:
         dq, dgain = _over_keys(
-            dq, dgain, q, do, lse, delta, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, steered,
+            dq, dgain, q, do, lse, delta, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, reach,
             scale * LOG2E, start, full, T, S, D, BLOCK_D, BLOCK_N, CAUSAL, False, DOT,
         )  # fmt: skip
     dq, dgain = _over_keys(
-        dq, dgain, q, do, lse, delta, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, steered,
+        dq, dgain, q, do, lse, delta, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, reach,
         scale * LOG2E, full, stop, T, S, D, BLOCK_D, BLOCK_N, CAUSAL, True, DOT,
     )  # fmt: skip
     store_tile(DQ + (line + row) * D, D, T - first, dq * scale, BLOCK_M, D, BLOCK_D)
