@@ -157,6 +157,16 @@ METHODS: dict[str, Method] = {
 }
 
 
+def markdown_table() -> str:
+    """The README's table. Methods that do not exist yet say so."""
+    rows = ["| no. | method | what it does | plugs into | paper |", "| ---: | --- | --- | --- | --- |"]
+    for m in METHODS.values():
+        name = f"[{m.title}]({m.notebook})" if m.built else f"{m.title} (to come)"
+        paper = f"[{m.paper}](https://arxiv.org/abs/{m.arxiv})"
+        rows.append(f"| {m.number} | {name} | {m.sentence} | {m.plugs_into} | {paper} |")
+    return "\n".join(rows)
+
+
 def built() -> list[Method]:
     """The methods that exist in this version, in teaching order."""
     return [m for m in METHODS.values() if m.built]

@@ -102,7 +102,7 @@ def active_bias(module: nn.Module) -> KeyBias | None:
 
 
 def track_past(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of the module that runs the stack: notes how many keys the cache holds, for caches that forget."""
+    """Forward pre-hook of the module that runs the stack: notes how many keys are cached, for caches that forget."""
     cache = kwargs.get("past_key_values")
     for bias in _ACTIVE.get():
         bias.past = 0 if cache is None else int(cache.get_seq_length())

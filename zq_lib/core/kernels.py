@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from zq_lib.core.backend import interpreting
-from zq_lib.registry import built
+from zq_lib.registry import METHODS, built
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / "aot.csv"
 
@@ -104,7 +106,7 @@ def _compile(spec: KernelSpec, target: Target, method: str) -> Compiled:
         )
         registers, spills = (_cuda_usage if target.backend == "cuda" else _hip_usage)(binary.asm)
     except Exception as failure:  # the compiler raises many types, and the table must show the other kernels too
-        return Compiled(**row, error=f"{type(failure).__name__}: {str(failure).strip().splitlines()[-1:]}")
+        return Compiled(**row, error=f"{type(failure).__name__}: {str(failure).strip()[-200:]}".replace("\n", " "))
     shared = binary.metadata.shared
     error = f"{shared} bytes of shared memory, {target.shared_limit} exist" if shared > target.shared_limit else ""
     return Compiled(**row, registers=registers, shared_bytes=shared, spill_bytes=spills, error=error)
@@ -158,24 +160,30 @@ def write(rows: Iterable[Compiled], path: Path = RESULTS) -> None:
         table.writerows(asdict(row) for row in rows)
 
 
+def _one(job: tuple[str, int, Target]) -> Compiled:
+    """Compile the i-th spec of a method; a process finds it by name because a kernel cannot be pickled."""
+    slug, index, target = job
+    return compile_all([METHODS[slug].load("kernels").SPECS[index]], [target], slug)[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: compile everything, print the table, return the number of failures (at most 1)."""
+    """Command line: compile everything on all cores, print the table, return 1 if anything failed and 0 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m zq_lib.core.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="store the figures in bench/results/aot.csv")
+    parser.add_argument("--write", action="store_true", help="store the figures in bench/results/aot.csv if all is well")
     options = parser.parse_args(arguments)
-    rows: list[Compiled] = []
-    print(f"{'kernel':34}{'variant':22}{'target':8}{'registers':>10}{'shared':>9}{'spilled':>9}")
-    for method in built():
-        for spec in method.load("kernels").SPECS:
-            for row in compile_all([spec], method=method.slug):
-                rows.append(row)
-                figures = f"{row.registers:10}{row.shared_bytes:9}{row.spill_bytes:9}"
-                print(f"{row.method + '.' + row.kernel:34}{row.variant:22}{row.target:8}{figures}  {row.error}", flush=True)
-    failed = [row for row in rows if row.error]
-    print(f"{len(rows)} binaries, {len(failed)} failed")
+    jobs = [(m.slug, i, t) for m in built() for i in range(len(m.load("kernels").SPECS)) for t in TARGETS]
+    rows = []
+    print(f"{'kernel':26}{'variant':14}{'target':8}{'registers':>10}{'shared':>9}{'spilled':>9}")
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # forking a process with torch's threads may hang
+        for row in pool.map(_one, jobs):
+            rows.append(row)
+            figures = f"{row.registers:10}{row.shared_bytes:9}{row.spill_bytes:9}"
+            print(f"{row.method + '.' + row.kernel:26}{row.variant:14}{row.target:8}{figures}  {row.error}", flush=True)
+    failed = sum(bool(row.error) for row in rows)
+    print(f"{len(rows)} binaries, {failed} failed")
     if options.write and not failed:
         write(rows)
-    return bool(failed)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

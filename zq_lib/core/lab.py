@@ -68,12 +68,14 @@ def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read such a CSV back; whatever is a number becomes one."""
+    """Read such a CSV back; numbers and truth values become what they were."""
     with open(path, newline="", encoding="utf-8") as file:
         return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def _number(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
     for kind in (int, float):
         try:
             return kind(text)

@@ -52,7 +52,7 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return error / size if size != 0 else error if error != error else float("inf")
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     """Rank correlation of two tensors of the same shape, assuming no ties."""
     ranks = torch.stack([x.flatten().argsort().argsort().double() for x in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])

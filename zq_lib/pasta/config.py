@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -42,7 +43,7 @@ class PastaConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.alpha, int | float) or math.isnan(self.alpha) or not 0 < self.alpha <= 1:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha <= 1:
             raise ValueError(
                 f"alpha={self.alpha!r} must be above 0 and at most 1; the paper uses 0.01, and 1 is no steering"
             )
@@ -77,11 +78,16 @@ def head_map(heads: Heads, layers: int, heads_per_layer: int) -> dict[int, tuple
     """
     if isinstance(heads, str) and heads == "all":
         return {layer: tuple(range(heads_per_layer)) for layer in range(layers)}
-    pairs = (
-        [(int(layer), int(h)) for layer, hs in heads.items() for h in hs]
-        if isinstance(heads, Mapping)
-        else [(int(layer), int(h)) for layer, h in heads]
-    )
+    try:
+        pairs = (
+            [(_index(layer), _index(h)) for layer, hs in heads.items() for h in hs]
+            if isinstance(heads, Mapping)
+            else [(_index(layer), _index(h)) for layer, h in heads]
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"heads={heads!r} cannot be read; give {{layer: [heads]}}, [(layer, head)] or 'all'"
+        ) from error
     for layer, head in pairs:
         if not (0 <= layer < layers and 0 <= head < heads_per_layer):
             raise ValueError(
@@ -92,3 +98,8 @@ def head_map(heads: Heads, layers: int, heads_per_layer: int) -> dict[int, tuple
     for layer, head in pairs:
         found.setdefault(layer, set()).add(head)
     return {layer: tuple(sorted(found[layer])) for layer in sorted(found)}
+
+
+def _index(number: int | str) -> int:
+    """A layer or head number, which JSON may have made a string."""
+    return int(number) if isinstance(number, str) else operator.index(number)

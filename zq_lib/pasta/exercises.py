@@ -111,7 +111,7 @@ def _check_alpha(answer: Callable[[float, float], float]) -> str | None:
             return "That is log(alpha); take its exponential."
         if math.isclose(got, share / target, rel_tol=1e-6):
             return "A ratio of shares ignores the renormalisation; take the ratio of the odds, m / (1 - m)."
-        return f"From a share of {share} this alpha leads to {share / (share + got * (1 - share)):.3g}, not to {target}."
+        return f"From a share of {share} this alpha leads to {share / (share + got * (1 - share)):.3g}, not {target}."
     return None
 
 

@@ -126,7 +126,8 @@ def head_map(scores: Tensor, chosen: Sequence[tuple[int, int]] = (), what: str =
     return Figure(
         fig,
         f"Map of {scores.shape[0]} layers by {scores.shape[1]} heads, colour is the {what} when that head alone is "
-        f"steered: best layer {layer} head {head} with {number(float(scores.max()))}, worst {number(float(scores.min()))}.{rings}",
+        f"steered: best layer {layer} head {head} with {number(float(scores.max()))}, worst "
+        f"{number(float(scores.min()))}.{rings}",
     )
 
 

@@ -22,11 +22,14 @@ def _load_lse(LSE, query, T):
 
 @triton.jit
 def _over_keys(
-    dq, dgain, q, do, lse, delta, K, V, BETA, MASK, stride_k, stride_v, stride_mask, query, gain, reach, scale,
-    start, stop, T, S, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, EDGE: tl.constexpr, DOT: tl.constexpr,
+    dq, dgain, drift, mean, q, do, lse, delta, K, V, BETA, MASK, stride_k, stride_v, stride_mask, query, gain, reach,
+    scale, start, stop, T, S, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, OF_GATE: tl.constexpr, EDGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Add the keys of [start, stop) to dq / scale [M, BLOCK_D] and to dgain [M] = sum_j dS_ij beta_j."""
+    """Add the keys of [start, stop) to dq / scale [M, BLOCK_D] and, for the gate, to three sums over j, [M] each.
+
+    dgain = sum dS beta,  drift = sum dS,  mean = sum P beta.
+    """
     for first in range(start, stop, BLOCK_N):
         offset = tl.cast(first, tl.int64)
         key = first + tl.arange(0, BLOCK_N)
@@ -39,9 +42,12 @@ def _over_keys(
         if EDGE:
             p = tl.where(is_visible(MASK, stride_mask, query[:, None], key[None, :], T, S, CAUSAL), p, 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-        dgain += tl.sum(ds * beta[None, :], 1)
+        if OF_GATE:
+            dgain += tl.sum(ds * beta[None, :], 1)
+            drift += tl.sum(ds, 1)
+            mean += tl.sum(p * beta[None, :], 1)
         dq = tl.dot(ds.to(K.dtype.element_ty).to(DOT), k, dq, input_precision="ieee")
-    return dq, dgain
+    return dq, dgain, drift, mean
 
 
 @triton.jit
@@ -97,17 +103,22 @@ def backward_queries(
         full = S // BLOCK_N * BLOCK_N
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dgain = tl.zeros([BLOCK_M], tl.float32)
+    drift = tl.zeros([BLOCK_M], tl.float32)
+    mean = tl.zeros([BLOCK_M], tl.float32)
     if MASK is None:
-        dq, dgain = _over_keys(
-            dq, dgain, q, do, lse, delta, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, reach,
-            scale * LOG2E, start, full, T, S, D, BLOCK_D, BLOCK_N, CAUSAL, False, DOT,
+        dq, dgain, drift, mean = _over_keys(
+            dq, dgain, drift, mean, q, do, lse, delta, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain,
+            reach, scale * LOG2E, start, full, T, S, D, BLOCK_D, BLOCK_N, CAUSAL, DGATE is not None, False, DOT,
         )  # fmt: skip
-    dq, dgain = _over_keys(
-        dq, dgain, q, do, lse, delta, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain, reach,
-        scale * LOG2E, full, stop, T, S, D, BLOCK_D, BLOCK_N, CAUSAL, True, DOT,
+    dq, dgain, drift, mean = _over_keys(
+        dq, dgain, drift, mean, q, do, lse, delta, K, V, BETA, MASK, stride_ks, stride_vs, stride_mt, query, gain,
+        reach, scale * LOG2E, full, stop, T, S, D, BLOCK_D, BLOCK_N, CAUSAL, DGATE is not None, True, DOT,
     )  # fmt: skip
     store_tile(DQ + (line + row) * D, D, T - first, dq * scale, BLOCK_M, D, BLOCK_D)
     if DGATE is not None:
+        # A row of dS sums to 0, but delta comes from the rounded O and lets it drift, times a beta that is log(alpha)
+        # nearly everywhere: without this correction the error in bf16 is 7 %, with it that of fp32.
+        dgain -= drift * mean
         tl.store(DGATE + bh.to(tl.int64) * blocks + block, tl.sum(dgain * allowed, 0))
 
 

@@ -45,7 +45,11 @@ class Fingerprint:
         """Same architecture and, where both have one, the same probe up to bfloat16 rounding."""
         mine, theirs = asdict(self), asdict(other)
         a, b = mine.pop("probe"), theirs.pop("probe")
-        near = not a or not b or torch.allclose(torch.tensor(a), torch.tensor(b), rtol=0.02, atol=1e-3)
+        near = (
+            not a
+            or not b
+            or (len(a) == len(b) and torch.allclose(torch.tensor(a), torch.tensor(b), rtol=0.02, atol=1e-3))
+        )
         return mine == theirs and near
 
 
@@ -84,7 +88,8 @@ class HeadProfile:
 
     def top(self, k: int) -> HeadProfile:
         """The same profile with its k best heads."""
-        if not 1 <= k <= len(ranked := self.ranked()):
+        ranked = self.ranked()
+        if not 1 <= k <= len(ranked):
             raise ValueError(f"k={k} heads cannot be taken from {len(ranked)}; choose 1 to {len(ranked)}")
         return HeadProfile(**{**_shallow(self), "heads": as_map(ranked[:k])})
 
