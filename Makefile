@@ -44,7 +44,7 @@ lint: $(READY)
 
 # Models and data are installed here, so a test that misses them fails instead of skipping.
 unit: $(READY)
-	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest
+	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 notebooks: $(READY)
 	$(BIN)/python -m zq_lib.nb.execute $(NOTEBOOKS)

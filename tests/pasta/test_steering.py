@@ -8,7 +8,16 @@ import threading
 import pytest
 import torch
 from oracle import ARCHITECTURES, paper_form, random_prompt, row, run, some_heads
-from transformers import DynamicCache, MambaConfig, MambaForCausalLM, StaticCache
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    MambaConfig,
+    MambaForCausalLM,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from zq_lib import pasta
 from zq_lib.core import backend
@@ -306,6 +315,56 @@ def test_two_handles_on_one_model_may_be_detached_in_any_order() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_interleaved_blocks_leave_no_steering_behind() -> None:
+    """Generators that steer may be closed in any order, as a server does with its users."""
+    model, prompt = tiny("llama"), random_prompt()
+    plain = run(model, prompt)
+    with pasta.attach(model, heads="all") as steering:
+
+        def session():  # noqa: ANN202
+            with steering.steer(prompt):
+                yield
+
+        first, second = session(), session()
+        next(first), next(second)
+        first.close(), second.close()
+        assert torch.equal(run(model, prompt), plain)
+
+
+def test_a_copy_of_an_attached_model_can_be_attached_and_released() -> None:
+    model = tiny("llama")
+    with pasta.attach(model, heads="all"):
+        twin = copy.deepcopy(model)
+    with pasta.attach(twin, heads="all"):
+        pass
+    assert twin.config._attn_implementation == "sdpa"
+
+
+def test_an_implementation_chosen_while_attached_stays_chosen() -> None:
+    model = tiny("llama")
+    with pasta.attach(model, heads="all"):
+        model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_encoders_are_refused(kind: str) -> None:
+    small = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    if kind == "t5":
+        config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        model = T5ForConditionalGeneration(config)
+    else:
+        model = BertModel(BertConfig(**small))
+    with pytest.raises(ValueError, match="no causal attention layers"):
+        pasta.attach(model, heads="all")
+
+
 def test_nested_blocks_restore_the_outer_emphasis() -> None:
     model, outer, inner = tiny("llama"), random_prompt(), random_prompt(seed=1)
     inner.marked[:] = outer.marked.roll(1, 1)
@@ -337,7 +396,7 @@ def test_an_unsupported_attention_implementation_is_refused_and_left(implementat
 
 def test_a_model_without_attention_is_refused() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ValueError, match="MambaForCausalLM has no attention layers.*use a decoder"):
+    with pytest.raises(ValueError, match="MambaForCausalLM has no causal attention layers.*use a decoder"):
         pasta.attach(model, heads="all")
 
 

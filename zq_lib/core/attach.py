@@ -86,11 +86,11 @@ _ACTIVE: ContextVar[tuple[KeyBias, ...]] = ContextVar("zq_lib_key_bias", default
 @contextlib.contextmanager
 def key_bias(bias: KeyBias) -> Iterator[KeyBias]:
     """Make `bias` the active one for its modules, in this thread or task only. Inner contexts win over outer ones."""
-    token = _ACTIVE.set((bias, *_ACTIVE.get()))
+    _ACTIVE.set((bias, *_ACTIVE.get()))
     try:
         yield bias
-    finally:
-        _ACTIVE.reset(token)
+    finally:  # by identity, not by token: generators may close in another order, or in another context
+        _ACTIVE.set(tuple(b for b in _ACTIVE.get() if b is not bias))
 
 
 def active_bias(module: nn.Module) -> KeyBias | None:
@@ -114,12 +114,12 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         m.layer_idx: m
         for m in model.modules()
         if isinstance(getattr(m, "layer_idx", None), int)
-        and hasattr(m, "is_causal")
+        and getattr(m, "is_causal", False)
         and not getattr(m, "is_cross_attention", False)
     }
-    if not found:
+    if not found or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"model={type(model).__name__} has no attention layers that go through transformers' attention interface; "
+            f"model={type(model).__name__} has no causal attention layers of transformers' attention interface; "
             "use a decoder such as Llama, Qwen2, GPT-2, OPT, GPT-NeoX or Gemma"
         )
     return dict(sorted(found.items()))
@@ -155,7 +155,7 @@ def use_implementation(model: PreTrainedModel, name: str) -> None:
     """
     current = model.config._attn_implementation
     if current in BIAS_AWARE:
-        original, users = _SWAPPED.get(model, (current, 0))
+        original, users = _SWAPPED.get(model, ("sdpa", 0))  # a copy of an attached model is not in the table
         _SWAPPED[model] = (original, users + 1)
         return
     if current != "sdpa":
@@ -176,5 +176,5 @@ def restore_implementation(model: PreTrainedModel) -> None:
     original, users = _SWAPPED.pop(model)
     if users > 1:
         _SWAPPED[model] = (original, users - 1)
-    else:
+    elif model.config._attn_implementation in BIAS_AWARE:  # else the user has chosen another since
         model.set_attn_implementation(original)

@@ -41,7 +41,9 @@ def choose(backend: str | None, device: torch.device | str, supported: bool = Tr
     if name == "auto":
         return "triton" if on_gpu and supported else "torch"
     if name == "triton" and not supported:
-        raise ValueError(f'{origin} is "triton" but {why or "the kernel does not support this call"}; use "torch" here.')
+        raise ValueError(
+            f'{origin} is "triton" but {why or "the kernel does not support this call"}; use "torch" here.'
+        )
     if name == "triton" and not on_gpu and not interpreting():
         raise ValueError(
             f'{origin} is "triton" but the tensors are on "{device}", not on a GPU; use "torch", or set '

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
@@ -23,6 +23,7 @@ from typing import Any
 from zq_lib.core.backend import interpreting
 from zq_lib.registry import METHODS, built
 
+INTERPRETED = "TRITON_INTERPRET is set, so the kernels cannot be compiled; unset it and start Python again."
 RESULTS = Path(__file__).parents[1] / "bench" / "results" / "aot.csv"
 
 
@@ -65,24 +66,47 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compilation used: registers a thread, shared bytes a program, spilled bytes a thread."""
+    """What one compilation used: registers a thread, bytes of shared memory a program, bytes of spills a thread."""
 
     method: str
     kernel: str
     variant: str
     target: str
     registers: int = 0
-    shared_bytes: int = 0
-    spill_bytes: int = 0
+    shared: int = 0
+    spills: int = 0
     triton: str = ""
     error: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """One benchmark of a kernel: how to check it, and what to time. A method's `kernels_bench.cases` yields these.
+
+    `parity` returns the error against the reference and the largest one allowed; no time counts before it has passed.
+    `runs` maps each implementation to a call without arguments. `flops` and `moved` (bytes) are those of an ideal run.
+    """
+
+    name: str
+    size: Mapping[str, int | str]
+    parity: Callable[[], tuple[float, float]]
+    runs: Mapping[str, Callable[[], object]]
+    flops: float
+    moved: float
 
 
 def compile_all(specs: Iterable[KernelSpec], targets: Sequence[Target] = TARGETS, method: str = "") -> list[Compiled]:
     """Compile each spec for each target. A kernel that fails gives a row with `error` set; nothing is raised for it."""
     if interpreting():
-        raise RuntimeError("TRITON_INTERPRET is set, so the kernels cannot be compiled; unset it and start Python again.")
+        raise RuntimeError(INTERPRETED)
     return [_compile(spec, target, method) for spec in specs for target in targets]
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """The median time of a call on a GPU, with the caches cleared before each run."""
+    from triton.testing import do_bench
+
+    return do_bench(call, return_mode="median")
 
 
 def _compile(spec: KernelSpec, target: Target, method: str) -> Compiled:
@@ -109,7 +133,7 @@ def _compile(spec: KernelSpec, target: Target, method: str) -> Compiled:
         return Compiled(**row, error=f"{type(failure).__name__}: {str(failure).strip()[-200:]}".replace("\n", " "))
     shared = binary.metadata.shared
     error = f"{shared} bytes of shared memory, {target.shared_limit} exist" if shared > target.shared_limit else ""
-    return Compiled(**row, registers=registers, shared_bytes=shared, spill_bytes=spills, error=error)
+    return Compiled(**row, registers=registers, shared=shared, spills=spills, error=error)
 
 
 def _cuda_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
@@ -146,7 +170,7 @@ def read(path: Path = RESULTS) -> list[Compiled]:
     """The stored figures."""
     with path.open(newline="") as file:
         return [
-            Compiled(**{k: int(v) if k in ("registers", "shared_bytes", "spill_bytes") else v for k, v in row.items()})
+            Compiled(**{k: int(v) if k in ("registers", "shared", "spills") else v for k, v in row.items()})
             for row in csv.DictReader(file)
         ]
 
@@ -169,20 +193,22 @@ def _one(job: tuple[str, int, Target]) -> Compiled:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: compile everything on all cores, print the table, return 1 if anything failed and 0 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m zq_lib.core.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="store the figures in bench/results/aot.csv if all is well")
+    parser.add_argument("--write", nargs="?", const=RESULTS, type=Path, help="store the figures if all is well")
     options = parser.parse_args(arguments)
+    if interpreting():
+        sys.exit(INTERPRETED)
     jobs = [(m.slug, i, t) for m in built() for i in range(len(m.load("kernels").SPECS)) for t in TARGETS]
     rows = []
     print(f"{'kernel':26}{'variant':14}{'target':8}{'registers':>10}{'shared':>9}{'spilled':>9}")
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # forking a process with torch's threads may hang
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # a fork of torch's threads may hang
         for row in pool.map(_one, jobs):
             rows.append(row)
-            figures = f"{row.registers:10}{row.shared_bytes:9}{row.spill_bytes:9}"
+            figures = f"{row.registers:10}{row.shared:9}{row.spills:9}"
             print(f"{row.method + '.' + row.kernel:26}{row.variant:14}{row.target:8}{figures}  {row.error}", flush=True)
     failed = sum(bool(row.error) for row in rows)
     print(f"{len(rows)} binaries, {failed} failed")
     if options.write and not failed:
-        write(rows)
+        write(rows, options.write)
     return int(failed > 0)
 
 

@@ -44,7 +44,9 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     NaN in `actual` gives NaN, which no `<=` accepts. An all-zero `expected` gives 0 when equal and infinity otherwise.
     """
     if actual.shape != expected.shape:
-        raise ValueError(f"actual has shape {tuple(actual.shape)} but expected has {tuple(expected.shape)}; align them first.")
+        raise ValueError(
+            f"actual has shape {tuple(actual.shape)} but expected has {tuple(expected.shape)}; align them first."
+        )
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     error, size = (actual - expected).norm().item(), expected.norm().item()
     if error == 0:

@@ -62,7 +62,9 @@ def conditions(
         at = np.arange(len(rows))[::-1]
         colours = [PALETTE["blue"] if "top" in n or "PASTA" in n else PALETTE["grey"] for n in names]
         low, high = f"{value}_low", f"{value}_high"
-        if low in rows[0]:
+        if f"{value}_se" in rows[0]:
+            axes.barh(at, values, 0.65, color=colours, xerr=[1.96 * r[f"{value}_se"] for r in rows], capsize=3)
+        elif low in rows[0]:
             spread = [
                 [v - r[low] for v, r in zip(values, rows, strict=True)],
                 [r[high] - v for v, r in zip(values, rows, strict=True)],

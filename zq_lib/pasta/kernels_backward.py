@@ -59,7 +59,7 @@ def backward_queries(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, head, query block): dQ, its part of dgate (if DGATE is given), and delta for `backward_keys`."""
+    """One program per (batch, head, query block): dQ, delta for `backward_keys`, and with DGATE a part of dgate."""
     blocks = tl.cdiv(T, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks
     bh = tl.program_id(0) // blocks
@@ -74,8 +74,12 @@ def backward_queries(
     V += b * stride_vb + g * stride_vg
     BETA += b * S
     q = load_tile(Q + b * stride_qb + h * stride_qh + row * stride_qt, stride_qt, T - first, BLOCK_M, D, BLOCK_D, True)
-    o = load_tile(OUT + b * stride_ob + h * stride_oh + row * stride_ot, stride_ot, T - first, BLOCK_M, D, BLOCK_D, True)
-    do = load_tile(DOUT + b * stride_gb + h * stride_gh + row * stride_gt, stride_gt, T - first, BLOCK_M, D, BLOCK_D, True)
+    o = load_tile(
+        OUT + b * stride_ob + h * stride_oh + row * stride_ot, stride_ot, T - first, BLOCK_M, D, BLOCK_D, True
+    )
+    do = load_tile(
+        DOUT + b * stride_gb + h * stride_gh + row * stride_gt, stride_gt, T - first, BLOCK_M, D, BLOCK_D, True
+    )
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTA + line + query, delta, mask=query < T)
     q = q.to(DOT)
@@ -163,7 +167,7 @@ def backward_keys(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, key/value head, key block): dK and dV summed over the group's heads, and its dbeta part."""
+    """One program per (batch, key/value head, key block): dK and dV summed over the group's heads, and dbeta."""
     blocks = tl.cdiv(S, BLOCK_N)
     block = tl.program_id(0) % blocks  # causal: the first keys are seen by most queries, and start first
     bg = tl.program_id(0) // blocks
@@ -200,16 +204,19 @@ def backward_keys(
         bh = b * H + h
         query_side = Q + b * stride_qb + h * stride_qh
         grad_side = DOUT + b * stride_gb + h * stride_gh
+        line = bh * T
         gate = tl.load(GATE + bh)
         if MASK is not None or CAUSAL:
             dk, dv, dbeta = _over_queries(
-                dk, dv, dbeta, k, v, beta, query_side, grad_side, LSE + bh * T, DELTA + bh * T, ROWS, MASK, stride_qt,
-                stride_gt, stride_mt, key, gate, scale * LOG2E, start, full, T, S, D, BLOCK_D, BLOCK_M, CAUSAL, True, DOT,
+                dk, dv, dbeta, k, v, beta, query_side, grad_side, LSE + line, DELTA + line, ROWS, MASK,
+                stride_qt, stride_gt, stride_mt, key, gate, scale * LOG2E,
+                start, full, T, S, D, BLOCK_D, BLOCK_M, CAUSAL, True, DOT,
             )  # fmt: skip
         if MASK is None:
             dk, dv, dbeta = _over_queries(
-                dk, dv, dbeta, k, v, beta, query_side, grad_side, LSE + bh * T, DELTA + bh * T, ROWS, MASK, stride_qt,
-                stride_gt, stride_mt, key, gate, scale * LOG2E, full, stop, T, S, D, BLOCK_D, BLOCK_M, CAUSAL, False, DOT,
+                dk, dv, dbeta, k, v, beta, query_side, grad_side, LSE + line, DELTA + line, ROWS, MASK,
+                stride_qt, stride_gt, stride_mt, key, gate, scale * LOG2E,
+                full, stop, T, S, D, BLOCK_D, BLOCK_M, CAUSAL, False, DOT,
             )  # fmt: skip
     out = (bg.to(tl.int64) * S + row) * D
     store_tile(DK + out, D, S - first, dk * scale, BLOCK_N, D, BLOCK_D)

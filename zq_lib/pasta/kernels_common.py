@@ -33,10 +33,15 @@ class Settings:
     stages: int
 
 
-# Keys: (kernel, half precision?, head width up to). Untimed so far.
+# Keys: (kernel, half precision?, head width up to). No row has been timed on a GPU yet: each is the largest tile tried
+# that spills no register on sm_80, sm_90 and gfx942 (bench/results/aot.csv), starting from the usual 128 x 64.
+# - half, width 128: 64 keys instead of 32 spill 144 bytes a thread on gfx942;
+# - "keys" holds two fp32 sums of width D per key: 32 queries instead of 16 spill on all three at width 128;
+# - fp32 in ieee precision has no tensor cores, its products unroll into registers, hence the small tiles;
+# - one stage where the tile alone is near the limit; two or three hide the loads otherwise.
 LAUNCH: dict[tuple[str, bool, int], Settings] = {
     ("forward", True, 64): Settings(128, 64, 8, 3),
-    ("forward", True, 128): Settings(128, 64, 8, 2),
+    ("forward", True, 128): Settings(128, 32, 8, 3),
     ("forward", True, 256): Settings(64, 16, 8, 2),
     ("forward", False, 64): Settings(32, 32, 4, 2),
     ("forward", False, 256): Settings(16, 16, 4, 1),
@@ -71,7 +76,7 @@ def settings(kernel: str, dtype: torch.dtype, width: int) -> Settings:
 
 
 def operand(dtype: torch.dtype) -> tl.dtype:
-    """The type of a dot product's operands: the tensor's own on a GPU, fp32 in the interpreter, whose bf16 is broken."""
+    """The type of a dot product's operands: the tensor's own, but fp32 in the interpreter, whose bf16 is broken."""
     return tl.float32 if INTERPRETED else DTYPES[dtype]
 
 
@@ -123,7 +128,7 @@ def store_tile(base, stride, count, value, BLOCK: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def is_visible(MASK, stride_mask, query, key, T, S, CAUSAL: tl.constexpr):
-    """Whether each query sees each key; `query` and `key` are broadcast against each other. A given mask decides alone."""
+    """Whether each query sees each key; `query` and `key` broadcast against each other. A given mask decides alone."""
     if MASK is not None:
         inside = (query < T) & (key < S)
         return tl.load(MASK + query.to(tl.int64) * stride_mask + key, mask=inside, other=0) != 0

@@ -7,7 +7,7 @@ pasta` writes them to `bench/results/pasta_*.csv`, from where notebook and READM
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,7 +26,8 @@ from zq_lib.pasta.steering import attach
 
 ALPHAS = (1.0, 0.5, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 QUICK_PROBES, QUICK_ITEMS = 12, 24
-RANDOM = "20 random heads, 3 draws"
+RANDOM_DRAWS = 10
+RANDOM = f"20 random heads ({RANDOM_DRAWS} draws)"
 
 
 def run(
@@ -36,11 +37,14 @@ def run(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    only: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> LabResult:
     """Steer the embedded model (or the one given) and test the paper's claims.
 
-    `config` sets alpha and mode; heads are what the experiment varies. Raises ValueError for an unknown budget.
+    `config` sets alpha and mode; heads are what the experiment varies. The full budget fills the tables
+    of `TABLES`, or `only` some of them, and judges the claims where it has the main one. Raises ValueError for an
+    unknown budget.
     """
     check_budget(budget)
     config = config or PastaConfig.quick()
@@ -49,9 +53,8 @@ def run(
     bench = _Bench(model, tokenizer, config, seed, say)
     if budget != FULL:
         return LabResult("pasta", budget, seed, *_quick(bench))
-    tables = {"main": _main(bench), "alpha": _alpha(bench), "keyword": _keyword(bench), "price": _price(bench)}
-    tables["instructions"] = _instructions(bench)
-    return LabResult("pasta", budget, seed, _claims(tables["main"]), tables)
+    tables = {name: TABLES[name](bench) for name in (only or TABLES)}
+    return LabResult("pasta", budget, seed, _claims(tables["main"]) if "main" in tables else (), tables)
 
 
 class _Bench:
@@ -83,7 +86,7 @@ class _Bench:
         with self.steered(heads, **settings) as steering:
             return answers(self.model, self.tokenizer, prompts, steering, marks=marks)
 
-    def random_heads(self, k: int, draws: int = 3) -> list[dict[int, list[int]]]:
+    def random_heads(self, k: int, draws: int) -> list[dict[int, list[int]]]:
         """Random sets differ much from each other, so one draw says little."""
         text = self.model.config.get_text_config()
         cells = [(layer, h) for layer in range(text.num_hidden_layers) for h in range(text.num_attention_heads)]
@@ -149,7 +152,7 @@ def _main(bench: _Bench) -> list[Row]:
             ("intersection of top 60", intersection(both, 60), {}),
             ("union of top 10", union(both, 10), {}),
             ("gradient top 20", quick[mine], {}),
-            (RANDOM, bench.random_heads(20), {}),
+            (RANDOM, bench.random_heads(20, RANDOM_DRAWS), {}),
             ("all heads", "all", {}),
         ]
         for name, heads, how in conditions:
@@ -177,7 +180,7 @@ def _keyword(bench: _Bench) -> list[Row]:
         ("unsteered", None, None),
         ("** marks", None, "bold"),
         ("quote marks", None, "quotes"),
-        *((f"10 random heads, draw {i + 1}", h, None) for i, h in enumerate(bench.random_heads(10))),
+        *((f"10 random heads (draw {i + 1})", h, None) for i, h in enumerate(bench.random_heads(10, draws=3))),
         *((f"keyword gradient top {k}", found.top(k), None) for k in (3, 5, 10)),
         ("conflict top 10", shipped_profile("conflict").top(10), None),
         ("pick top 10", shipped_profile("pick").top(10), None),
@@ -234,6 +237,9 @@ def _instructions(bench: _Bench) -> list[Row]:
     return rows
 
 
+TABLES = {"main": _main, "alpha": _alpha, "keyword": _keyword, "price": _price, "instructions": _instructions}
+
+
 def _claims(main: list[Row]) -> tuple[Claim, ...]:
     """The paper's claims on the full tables."""
 
@@ -243,8 +249,7 @@ def _claims(main: list[Row]) -> tuple[Claim, ...]:
     def p(task: str, condition: str) -> float:
         return next(r["p"] for r in main if r["task"] == task and r["condition"] == condition)
 
-    best_mark = max(es("conflict", f"{m} marks") for m in ("**", "*", "quote"))
-    own = es("conflict", "own top 10")
+    best_mark = max(p("conflict", f"{m} marks") for m in ("**", "*", "quote"))
 
     def gain(statement: str, task: str, condition: str, margin: float) -> Claim:
         return _rises(statement, es(task, "unsteered"), es(task, condition), margin)
@@ -254,7 +259,7 @@ def _claims(main: list[Row]) -> tuple[Claim, ...]:
         gain("It also does when the question is worded differently", "paraphrase", "own top 10", 0.5),
         gain("It decides between two facts that are equally good", "pick", "own top 10", 0.4),
         gain("Heads found on another task transfer", "conflict", "other task's top 20", 0.5),
-        _rises("Marks written into the prompt do much less", best_mark, own, 0.3),
+        _likelier("Marks written into the prompt do much less", best_mark, p("conflict", "own top 10")),
         _likelier("Random heads do much less", p("conflict", RANDOM), p("conflict", "own top 20")),
         _likelier("Steering every head does much less", p("conflict", "all heads"), p("conflict", "own top 10")),
     )

@@ -127,6 +127,8 @@ class HeadProfile:
     def from_data(cls, data: Any, name: str = "data") -> HeadProfile:
         """The parsed form of `load`."""
         try:
+            if not data:
+                raise ValueError("it names no heads")
             if data.get("format") != _FORMAT:
                 return cls({int(k): [int(h) for h in v] for k, v in data.items()})
             kept = {k: v for k, v in data.items() if k != "format"}

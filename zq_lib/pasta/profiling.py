@@ -89,6 +89,8 @@ def profile_heads(
 
     Other options are `score_heads`'. Raises its errors, and ValueError when k exceeds the number of heads.
     """
+    if shortlist is not None and k > shortlist:
+        raise ValueError(f"k={k} heads cannot be taken from shortlist={shortlist}; raise shortlist or lower k")
     if shortlist is None:
         return score_heads(model, tokenizer, probes, **options).profile(model, task, k)
     rough = score_heads(model, tokenizer, probes, **{**options, "method": "gradient"}).profile(model, task, shortlist)
@@ -122,10 +124,15 @@ def score_heads(
         raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
     if not probes:
         raise ValueError("probes=[] scores nothing; give at least one")
+    for name, value, least in (("batch", batch, 1), ("max_rows", max_rows, 2)):
+        if value < least:
+            raise ValueError(f"{name}={value} is too small; use {least} or more")
     config = PastaConfig(alpha=alpha, heads="all")
     modules = attention_modules(model)
     count = model.config.get_text_config().num_attention_heads
     chosen = head_map(heads, max(modules) + 1, count)
+    if not chosen:
+        raise ValueError(f"heads={heads!r} scores nothing; give at least one head, or 'all'")
     ready = [_prepare(tokenizer, p, config) for p in probes]
     keys = [_key(model, p, method, alpha, chosen) for p in probes]
     done = _read(resume)
@@ -169,16 +176,23 @@ def _prepare(tokenizer: PreTrainedTokenizerBase, probe: Probe, config: PastaConf
     prompt = encode(tokenizer, probe.source)
     if not bool(prompt.marked.any()):
         raise ValueError(f"probe {prompt.texts[0][:40]!r} marks nothing, so no head can help; mark what should count")
-    target = torch.tensor(tokenizer(probe.target, add_special_tokens=False)["input_ids"])
+    target = torch.tensor(_answer(tokenizer, "target", probe.target))
     bias = prompt_bias(prompt, config)
     if probe.competitor is None:
         return _Ready(torch.cat([prompt.input_ids[0], target[:-1]]), bias, target, None)
-    other = tokenizer(probe.competitor, add_special_tokens=False)["input_ids"][0]
+    other = _answer(tokenizer, "competitor", probe.competitor)[0]
     if other == target[0]:
         raise ValueError(
             f"target {probe.target!r} and competitor {probe.competitor!r} start with the same token; choose others"
         )
     return _Ready(prompt.input_ids[0], bias, target[:1], other)
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"{name} {text!r} has no token; give at least one word")
+    return ids
 
 
 def _forward(model: PreTrainedModel, ready: _Ready, rows: int, prefix: _SharedPrefix | None = None) -> Tensor:
@@ -343,7 +357,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
     that gets contiguous rows: on a slice, torch multiplies row by row and reads the vocabulary matrix R times."""
     head = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     wanted = [p for p in model.parameters() if p.requires_grad]
-    training = model.training
+    training = [m for m in model.modules() if m.training]
     model.eval()
     for p in wanted:
         p.requires_grad_(False)
@@ -351,7 +365,8 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         head.remove()
-        model.train(training)
+        for module in training:
+            module.training = True
         for p in wanted:
             p.requires_grad_(True)
 
@@ -371,7 +386,7 @@ def _read(path: str | Path | None) -> dict[str, list]:
     found = {}
     if path is not None and Path(path).exists():
         for line in Path(path).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, TypeError):
                 found.update([json.loads(line)])
     return found
 
@@ -379,4 +394,4 @@ def _read(path: str | Path | None) -> dict[str, list]:
 def _append(path: str | Path | None, key: str, table: Tensor) -> None:
     if path is not None:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps([key, table.tolist()]) + "\n")
+            file.write("\n" + json.dumps([key, table.tolist()]))  # a line cut short must not swallow the next

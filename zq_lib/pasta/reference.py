@@ -38,7 +38,7 @@ def reweight(probs: Tensor, unmarked: Tensor, alpha: float) -> Tensor:
 
 def bias_from_marks(unmarked: Tensor, alpha: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """The log-bias whose softmax is `reweight`: softmax(s + beta)_j = A_j e^beta_j / sum_k A_k e^beta_k.  [B, S]"""
-    return torch.where(unmarked, math.log(alpha), 0.0).to(dtype)
+    return torch.zeros(unmarked.shape, dtype=dtype, device=unmarked.device).masked_fill(unmarked, math.log(alpha))
 
 
 def visible_keys(

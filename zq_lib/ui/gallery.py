@@ -25,7 +25,7 @@ def build(methods: Sequence[Method] | None = None) -> gr.Blocks:
         gr.Markdown("To take a method apart step by step, run `make lab` in a clone of the repository.")
     for method in methods:
         with home.route(method.title, f"/{method.slug}"):
-            method.load("app").build().render()
+            method.load("app").build()  # a Blocks made inside another renders itself there
     return home
 
 

@@ -35,7 +35,7 @@ def page(slug: str, claim: str, about: Sequence[str], code: str) -> Iterator[tup
     with gr.Blocks(title=f"{method.title} · zq_lib", analytics_enabled=False) as blocks:
         header(method, claim)
         with gr.Row(equal_height=False):
-            controls = gr.Column(scale=4, min_width=320)
+            controls = gr.Column(scale=5, min_width=320)
             result = gr.Column(scale=8, min_width=320)
         numbers = gr.Column()
         with gr.Row(equal_height=False):
@@ -48,7 +48,14 @@ def page(slug: str, claim: str, about: Sequence[str], code: str) -> Iterator[tup
                 )
             with gr.Column(scale=7, min_width=320):
                 gr.Markdown("## Copy as Python")
-                shown = gr.Code(code, language="python", interactive=False, label="The settings above, as a program")
+                shown = gr.Code(
+                    code,
+                    language="python",
+                    interactive=False,
+                    show_line_numbers=False,
+                    label="These settings as a program",
+                    elem_classes="zq-code",
+                )
         yield blocks, Frame(controls, result, numbers, shown)
 
 
@@ -61,3 +68,9 @@ def header(method: Method, claim: str) -> None:
 def note(text: str = "") -> gr.Markdown:
     """A quiet line of the page's own words. Never give it what a user typed."""
     return gr.Markdown(text, elem_classes="zq-note")
+
+
+def side_by_side(html: str, classes: str | None = None) -> gr.HTML:
+    """A piece of a row that takes a line of its own where the window is narrow."""
+    with gr.Column(min_width=280):
+        return gr.HTML(html, elem_classes=classes)

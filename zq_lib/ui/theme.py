@@ -86,20 +86,25 @@ CSS = """
 .gradio-container { max-width: 1320px !important; margin: 0 auto !important; }
 .zq-head h1 { font-size: 1.5rem; margin: 0 0 .1rem; }
 .zq-head p { font-size: 1.05rem; margin: 0; color: var(--body-text-color); }
+.html-container { padding: 0 !important; }
+.zq-code { contain: inline-size; }
 .zq-note, .zq-note p { color: var(--body-text-color-subdued); margin: 0; font-size: .9rem; }
 .zq-figure figure { margin: 0; }
 .zq-figure img { background: #fff; border-radius: 6px; display: block; }
 .zq-figure figcaption { color: var(--body-text-color-subdued); font-size: .85rem; margin-top: .3rem; }
 .zq-table { overflow-x: auto; }
-.zq-table table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+.zq-table :is(table, thead, tbody, tr) { border: 0 !important; }
+.zq-table table { border-collapse: collapse; width: 100%; font-size: .9rem; margin: 0; }
 .zq-table caption { text-align: left; font-weight: 600; padding: .2rem 0; }
-.zq-table th, .zq-table td { text-align: left; padding: .25rem .6rem .25rem 0;
-  border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
+.zq-table th, .zq-table td { text-align: left; padding: .25rem .6rem .25rem 0 !important; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary) !important; overflow-wrap: anywhere; }
 .zq-table th { color: var(--body-text-color-subdued); font-weight: 600; overflow-wrap: normal; }
 .zq-table td.n, .zq-table th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.zq-words .wrap { max-height: 8.5rem; overflow-y: auto; gap: .2rem !important; }
-.zq-words label { padding: .1rem .4rem !important; gap: .3rem !important; }
-.zq-words label span { margin-left: 0 !important; }
+.zq-few .wrap { gap: .3rem !important; }
+.zq-few label { padding: .25rem .4rem !important; font-size: .9rem !important; }
+.zq-words .wrap { max-height: 9.5rem; overflow-y: auto; gap: .15rem !important; }
+.zq-words label { padding: .05rem .35rem !important; font-size: .85rem !important; }
+.zq-few label span, .zq-words label span { margin-left: .3rem !important; }
 .zq-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 26rem)); gap: 1rem; }
 .zq-card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
   border-radius: 10px; padding: 1rem 1.2rem; display: flex; flex-direction: column; gap: .5rem; }
@@ -109,6 +114,8 @@ CSS = """
 .zq-card .paper { color: var(--body-text-color-subdued); font-size: .85rem; }
 .zq-card a.go { align-self: flex-start; margin-top: .3rem; padding: .45rem .9rem; border-radius: 6px;
   background: var(--button-primary-background-fill); color: var(--button-primary-text-color); text-decoration: none; }
+.zq-card figure { margin: 0; }
+.zq-card figcaption { display: none; }
 .zq-card img { width: 100%; height: auto; background: #fff; border-radius: 6px; }
 a:focus-visible, button:focus-visible, label:has(:focus-visible) { outline: 3px solid var(--link-text-color) !important;
   outline-offset: 2px; }
