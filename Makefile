@@ -9,6 +9,8 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # One thread each: two busy ones on two cores are slower than one, and sums then repeat to the last digit.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
+# Triton warns once when this default is left unsaid.
+export TRITON_DEFAULT_FP_FUSION ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help install lab demo test lint unit notebooks profile bench gpu constraints clean

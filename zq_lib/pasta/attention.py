@@ -150,6 +150,8 @@ def _kernel_can(q: Tensor, mask: Tensor | None, dropout: float) -> tuple[bool, s
         return False, "attention dropout is not in the kernel; set attention_dropout to 0"
     if mask is not None and mask.dtype != torch.bool:
         return False, "a float attention mask is not in the kernel; give a boolean one"
+    if q.dtype == torch.float64:
+        return False, "float64 is not in the kernel; use float32, float16 or bfloat16"
     return q.shape[-1] <= 256, f"head width {q.shape[-1]} is above 256"
 
 
@@ -158,10 +160,10 @@ def _record(
     bias: KeyBias, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, beta: Tensor, favoured: Tensor,
     gate: Gate | None, scale: float,
 ) -> None:  # fmt: skip
-    """Share of the favoured keys in the last query row of every head, [B, H], without and with the bias."""
+    """Share of the favoured keys in the last query row of every head, [B, H] float64, without and with the bias."""
     group = q.shape[1] // k.shape[1]
-    last = q[:, :, -1].float().unflatten(1, (k.shape[1], group))  # [B, G, group, D]
-    scores = torch.einsum("bgnd,bgsd->bgns", last, k.float()).flatten(1, 2) * scale  # [B, H, S]
+    last = q[:, :, -1].double().unflatten(1, (k.shape[1], group))  # [B, G, group, D]
+    scores = torch.einsum("bgnd,bgsd->bgns", last, k.double()).flatten(1, 2) * scale  # [B, H, S]
     if mask is not None:
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         scores = scores.masked_fill(~visible[:, :, -1], -torch.inf)

@@ -33,7 +33,7 @@ def reweighting(words: Sequence[str], before: Tensor, after: Tensor, marked: Ten
 
 def log_odds(before: Tensor, after: Tensor, alpha: float) -> Figure:
     """Share of the marked tokens per head, before against after, in log-odds. [N] each."""
-    x, y = (t.double().flatten().clamp(1e-6, 1 - 1e-6).logit() for t in (before, after))
+    x, y = (t.double().flatten().logit() for t in (before, after))
     shift = float((y - x).mean())
     with style():
         fig, axes = subplots(width=5.5, height=4.2)
