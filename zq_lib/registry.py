@@ -146,8 +146,8 @@ METHODS: dict[str, Method] = {
             "ernie",
             9,
             "ERNIE",
-            "Robust Multi-Agent Reinforcement Learning via Adversarial Regularization: Theoretical Foundation and Stable "
-            "Algorithms (NeurIPS 2023)",
+            "Robust Multi-Agent Reinforcement Learning via Adversarial Regularization: Theoretical Foundation and "
+            "Stable Algorithms (NeurIPS 2023)",
             "2310.10810",
             "Regularises multi-agent policies against adversarial observations.",
             "What if the sensors shake?",

@@ -46,7 +46,7 @@ def _value(table: str, column: str, **where: object) -> float:
     [
         ("conflict", "unsteered", 0.25, 0.45),
         ("conflict", "own top 10", 0.97, 1.0),
-        ("conflict", lab.RANDOM, 0.0, 0.45),
+        ("conflict", lab.OTHERS, 0.0, 0.45),
         ("paraphrase", "own top 10", 0.95, 1.0),
         ("pick", "unsteered", 0.5, 0.5),
         ("pick", "own top 10", 0.97, 1.0),

@@ -73,9 +73,13 @@ def conditions(
         else:
             axes.barh(at, values, 0.65, color=colours)
         axes.set_yticks(at, names)
-        for y, v in zip(at, values, strict=True):
-            axes.annotate(f" {v:.2f}", (0.01, y), va="center", color="white" if v > 0.12 else "black", fontsize=10)
-        axes.set_xlim(0, 1.05)
+        tips = [
+            1.96 * r[f"{value}_se"] if f"{value}_se" in r else r.get(high, v) - v
+            for v, r in zip(values, rows, strict=True)
+        ]
+        for y, v, tip in zip(at, values, tips, strict=True):
+            axes.annotate(f"{v:.2f}", (v + tip, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10)
+        axes.set_xlim(0, 1.12)
         axes.set_xlabel(label)
         axes.set_title(title)
     said = "; ".join(f"{n} {number(v)}" for n, v in zip(names, values, strict=True))
@@ -162,13 +166,18 @@ def price(rows: Sequence[Row]) -> Figure:
     """What is gained on the marked instruction against what is kept of the question."""
     with style():
         fig, axes = subplots(width=7.0, height=4.0)
-        placed: list[tuple[float, float]] = []
+        taken: list[tuple[float, float, float]] = [
+            (float(r["question_kept"]) - 0.01, float(r["question_kept"]) + 0.01, float(r["keyword"])) for r in rows
+        ]
         for row in rows:
             x, y = float(row["question_kept"]), float(row["keyword"])
             axes.plot(x, y, "o", color=PALETTE["grey"] if row["condition"] == "unsteered" else PALETTE["blue"])
-            lift = 8 + 13 * sum(abs(x - a) < 0.22 and abs(y - b) < 0.07 for a, b in placed)
-            placed.append((x, y))
-            axes.annotate(row["condition"], (x, y), xytext=(6, lift - 8), textcoords="offset points", fontsize=10)
+            left, right = x + 0.012, x + 0.012 + 0.0135 * len(row["condition"])
+            for level in (0.0, 0.065, -0.065, 0.13, -0.13):  # beside the point, or the next free line above or below
+                if not any(a < right and left < b and abs(y + level - c) < 0.05 for a, b, c in taken):
+                    break
+            taken.append((left, right, y + level))
+            axes.annotate(row["condition"], (left, y + level), va="center", fontsize=10)
         axes.set_xlim(-0.03, 0.75)
         axes.set_ylim(0, 1.05)
         axes.set_xlabel("answers that still address the question")

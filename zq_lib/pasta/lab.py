@@ -26,8 +26,9 @@ from zq_lib.pasta.steering import attach
 
 ALPHAS = (1.0, 0.5, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 QUICK_PROBES, QUICK_ITEMS = 12, 24
-RANDOM_DRAWS = 10
+RANDOM_DRAWS = 5
 RANDOM = f"20 random heads ({RANDOM_DRAWS} draws)"
+OTHERS = f"20 random heads not in the top 40 ({RANDOM_DRAWS} draws)"
 
 
 def run(
@@ -86,10 +87,12 @@ class _Bench:
         with self.steered(heads, **settings) as steering:
             return answers(self.model, self.tokenizer, prompts, steering, marks=marks)
 
-    def random_heads(self, k: int, draws: int) -> list[dict[int, list[int]]]:
-        """Random sets differ much from each other, so one draw says little."""
+    def random_heads(self, k: int, draws: int, without: HeadProfile | None = None) -> list[dict[int, list[int]]]:
+        """Random sets differ much from each other, so one draw says little; most of 20 heads have a useful one."""
+        barred = set(without.pairs) if without is not None else set()
         text = self.model.config.get_text_config()
         cells = [(layer, h) for layer in range(text.num_hidden_layers) for h in range(text.num_attention_heads)]
+        cells = [c for c in cells if c not in barred]
         return [as_map(random.Random(self.seed + i).sample(cells, k)) for i in range(draws)]
 
 
@@ -153,10 +156,11 @@ def _main(bench: _Bench) -> list[Row]:
             ("union of top 10", union(both, 10), {}),
             ("gradient top 20", quick[mine], {}),
             (RANDOM, bench.random_heads(20, RANDOM_DRAWS), {}),
+            (OTHERS, bench.random_heads(20, RANDOM_DRAWS, without=own[mine].top(40)), {}),
             ("all heads", "all", {}),
         ]
         for name, heads, how in conditions:
-            size = 0 if heads is None else 270 if heads == "all" else 20 if name == RANDOM else len(heads)
+            size = 0 if heads is None else 270 if heads == "all" else 20 if name in (RANDOM, OTHERS) else len(heads)
             label = {"task": task, "condition": name, "heads": size}
             rows.append(bench.choose(test, heads, label, paraphrase=task == "paraphrase", **how))
     return rows

@@ -95,8 +95,9 @@ class Steering:
         """Steer every forward of the model inside this block, in this thread or task only, towards `prompt`'s marks.
 
         A thread started inside the block is not steered (generate inside the thread instead), and a backward pass with
-        gradient checkpointing belongs inside the block. A prompt without marks, with everything marked, or alpha = 1 runs unsteered, bit for bit. With `record=True` the
-        report also holds each head's share of the marked tokens at the last row of the latest forward.
+        gradient checkpointing belongs inside the block. A prompt without marks, with everything marked, or alpha = 1
+        runs unsteered, bit for bit. With `record=True` the report also holds each head's share of the marked tokens at
+        the last row of the latest forward.
         """
         if not self._attached:
             raise RuntimeError("this steering was detached; attach to the model again")

@@ -1,0 +1,67 @@
+"""One server with the whole gallery for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def model(smollm2):
+    """The shared language model, put where the demos look for it."""
+    from zq_lib.ui import serve
+
+    serve._LOADED[:] = [smollm2]
+    yield smollm2
+    serve._LOADED.clear()
+
+
+@pytest.fixture(scope="session")
+def address(model) -> Iterator[str]:
+    """Address of the running gallery."""
+    from zq_lib.ui import gallery, serve
+
+    blocks = gallery.build()
+    yield serve.launch(blocks, port=None, wait=False)
+    blocks.close()
+
+
+@pytest.fixture(scope="session")
+def client(address):
+    """A client of the gallery."""
+    from gradio_client import Client
+
+    return Client(address, verbose=False)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of the browser. Missing, it is a failure: the page is tested or not."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    pytest.fail("the browser test needs Chromium; install it with: apt-get install chromium")
+
+
+@pytest.fixture(scope="session")
+def same_numbers():
+    """Asserts that two JSON trees are equal, floats to three significant digits."""
+    return _same
+
+
+def _same(one: object, other: object, where: str = "") -> None:
+    if isinstance(one, float) or isinstance(other, float):
+        assert one == pytest.approx(other, rel=5e-3, abs=2e-4), where
+    elif isinstance(one, dict):
+        assert set(one) == set(other), where
+        for key in one:
+            _same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            _same(a, b, f"{where}[{i}]")
+    else:
+        assert json.dumps(one) == json.dumps(other), where
