@@ -10,6 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by transformers when it is 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is decorated, its own helpers included: before transformers or a test imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_sessionstart() -> None:
     torch.set_num_threads(1)

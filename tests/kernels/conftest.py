@@ -13,8 +13,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode does not, and the tests share attention_cases
 pytest.register_assert_rewrite("attention_cases")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any kernel module is imported
 
 
 @pytest.fixture
