@@ -152,7 +152,10 @@ def as_map(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
 
 
 def intersection(profiles: Sequence[HeadProfile], k: int) -> HeadProfile:
-    """The paper's multi-task set: heads in the top k of every task (Algorithm 1)."""
+    """The paper's multi-task set: heads in the top k of every task (Algorithm 1).
+
+    Leave a task's own profile out and the set is task-agnostic for it (section 3.2): found on the other tasks only.
+    """
     return _combine(profiles, k, set.intersection, "intersection")
 
 
