@@ -479,3 +479,13 @@ def test_steering_is_differentiable_in_the_inputs() -> None:
     with pasta.attach(model, heads="all") as steering, steering.steer(prompt):
         model(inputs_embeds=embeds, attention_mask=prompt.attention_mask).logits.sum().backward()
     assert embeds.grad.isfinite().all() and embeds.grad.abs().sum() > 0
+
+
+def test_a_compiled_model_is_steered_like_the_plain_one_and_follows_new_marks() -> None:
+    model, first, second = tiny("llama", num_hidden_layers=1), random_prompt(padding=None), random_prompt(padding=None)
+    second.marked[:], second.weights[:] = first.marked.roll(4, 1), first.weights.roll(4, 1)
+    compiled = torch.compile(model, backend="eager")
+    with pasta.attach(model, heads="all") as steering, torch.no_grad():
+        for prompt in (first, second):
+            with steering.steer(prompt):
+                assert torch.allclose(compiled(**prompt.inputs).logits, model(**prompt.inputs).logits, atol=1e-5)
