@@ -7,7 +7,7 @@ emphasis, and so that any attention implementation of this library can honour it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -15,9 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-BIAS_AWARE: set[str] = set()  # attention implementations that apply the active KeyBias
+BIAS_AWARE: dict[str, int] = {}  # attention implementations that apply the active KeyBias -> rank, see `register`
 
 
 @dataclass(frozen=True)
@@ -137,44 +138,58 @@ def decoder_blocks(model: nn.Module, modules: Mapping[int, nn.Module]) -> tuple[
     return model.get_submodule(parent.rpartition(".")[0]), blocks
 
 
-def register(name: str, function: object) -> None:
+def register(name: str, function: Callable, *, rank: int = 0) -> None:
     """Register an attention implementation with transformers. The mask function goes with it: without one,
-    transformers builds no mask and ignores padding in silence."""
+    transformers builds no mask and ignores padding in silence.
+
+    Of several in use on one model the highest rank runs. Rank 0 computes with dense keys and values; a higher one reads
+    some cache of its own and leaves ordinary tensors to `dense_attention`.
+    """
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
-    BIAS_AWARE.add(name)
+    BIAS_AWARE[name] = rank
 
 
-_SWAPPED: WeakKeyDictionary[nn.Module, tuple[str, int]] = WeakKeyDictionary()  # model -> (original, users)
+def dense_attention(module: nn.Module) -> Callable:
+    """The attention function for ordinary keys and values in this module: transformers' SDPA, or, where a bias is
+    active, the registered implementation that applies it."""
+    if active_bias(module) is None:
+        return sdpa_attention_forward
+    return AttentionInterface()[next(name for name, rank in BIAS_AWARE.items() if rank == 0)]
+
+
+_SWAPPED: WeakKeyDictionary[nn.Module, tuple[str, list[str]]] = WeakKeyDictionary()  # model -> (original, in use)
 
 
 def use_implementation(model: PreTrainedModel, name: str) -> None:
-    """Switch `model` to a bias-aware implementation; nested uses are counted, `restore_implementation` undoes one.
+    """Switch `model` to a bias-aware implementation; `restore_implementation` undoes one use.
 
     Raises ValueError, leaving the model as it was, when its current implementation cannot be replaced faithfully.
     """
     current = model.config._attn_implementation
-    if current in BIAS_AWARE:
-        original, users = _SWAPPED.get(model, ("sdpa", 0))  # a copy of an attached model is not in the table
-        _SWAPPED[model] = (original, users + 1)
-        return
-    if current != "sdpa":
+    if model in _SWAPPED and current in BIAS_AWARE:
+        original, names = _SWAPPED[model]
+    else:  # a copy of an attached model is not in the table, and its original is not known
+        original, names = ("sdpa" if BIAS_AWARE.get(current) == 0 else current), []
+    if original != "sdpa" and original not in BIAS_AWARE:
         raise ValueError(
-            f"attention implementation {current!r} cannot be steered; call model.set_attn_implementation('sdpa') first"
+            f"attention implementation {current!r} cannot be replaced; call model.set_attn_implementation('sdpa') first"
         )
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
+    wanted = max([name, *names, *([original] if original in BIAS_AWARE else [])], key=BIAS_AWARE.__getitem__)
+    model.set_attn_implementation(wanted)
+    if model.config._attn_implementation != wanted:
         raise ValueError(
             f"model={type(model).__name__} does not let its attention implementation be changed at run time; "
             "define its class in a module and route its attention through transformers' AttentionInterface"
         )
-    _SWAPPED[model] = (current, 1)
+    _SWAPPED[model] = (original, [*names, name])
 
 
-def restore_implementation(model: PreTrainedModel) -> None:
+def restore_implementation(model: PreTrainedModel, name: str) -> None:
     """Undo one `use_implementation`; the last one puts the original implementation back."""
-    original, users = _SWAPPED.pop(model)
-    if users > 1:
-        _SWAPPED[model] = (original, users - 1)
-    elif model.config._attn_implementation in BIAS_AWARE:  # else the user has chosen another since
-        model.set_attn_implementation(original)
+    original, names = _SWAPPED.pop(model)
+    names.remove(name)
+    if names:
+        _SWAPPED[model] = (original, names)
+    if model.config._attn_implementation in BIAS_AWARE:  # else the user has chosen another since
+        model.set_attn_implementation(max(names, key=BIAS_AWARE.__getitem__) if names else original)

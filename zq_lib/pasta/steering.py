@@ -158,7 +158,7 @@ class Steering:
         if self._attached:
             self._attached = False
             self._hook.remove()
-            restore_implementation(self.model)
+            restore_implementation(self.model, NAME)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,284 @@
+"""Attention straight on the packed form: no key or value is ever restored as a whole.
+
+With x = code * scale + zero + A B^T + delta, a dot product splits into
+
+    q . k_t = (q * scale) . code_t + q . zero + (q B) . A_t + sum over outliers of q_c delta
+    sum_t p_t v_t = (p * scale) code + p zero + (p A) B^T + sum over outliers of p_t delta
+
+so codes enter as small whole numbers and scales meet the query or the probabilities. Keys are taken tile by tile with an
+online softmax; the working set is one tile. Where Triton runs on a GPU, `kernels.py` does the same in one launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from zq_lib.core import backend
+from zq_lib.core.attach import (
+    KeyBias,
+    active_bias,
+    dense_attention,
+    register,
+    restore_implementation,
+    rows_that_see,
+    use_implementation,
+)
+from zq_lib.gear.cache import GearCache
+from zq_lib.gear.outliers import PAGE, places
+from zq_lib.gear.packed import Block, Packed
+from zq_lib.gear.packing import unpack
+from zq_lib.gear.view import NAME, View, view_of
+
+TILE = 1024  # tokens restored at a time; measured: shorter tiles cost more calls, longer ones more memory
+
+
+def gear_attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **kwargs: object,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The function transformers calls: shapes and arguments as its AttentionInterface defines them.
+
+    query [B, H, T, D]; key, value [B, G, S, D] or a view's stand-ins; returns [B, T, H, D] contiguous and no weights.
+    """
+    view = view_of(key)
+    if view is None and key.shape[2] > 1 and not any(key.stride()):
+        raise ValueError(
+            f"model={type(module).__name__} changes the keys between cache and attention, so it cannot read the packed "
+            "form; leave its attention at 'sdpa', and GearCache restores the keys for it"
+        )
+    bias = active_bias(module)
+    special = bias is not None and (bias.share is not None or bias.record is not None)
+    if (
+        view is None
+        or special
+        or dropout
+        or any(kwargs.get(k) is not None for k in ("position_bias", "softcap", "s_aux"))
+    ):
+        if view is not None:
+            key, value = view.dense()
+        return dense_attention(module)(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = packed_attention(query, view, scale=scale, mask=attention_mask, bias=bias, module=module)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def packed_attention(
+    query: Tensor,
+    view: View,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    bias: KeyBias | None = None,
+    module: nn.Module | None = None,
+    path: str = "auto",
+) -> Tensor:
+    """softmax(scale q K^T + mask + bias) V on a view, [B, H, T, D] in the query's dtype.
+
+    Args: `query` [B, H, T, D], the newest T positions; `mask` bool or float [B or 1, 1, T, S] in text order or None for
+    causal; `bias` the active KeyBias of `module`; `path` "auto", "torch" or "triton".
+    """
+    b, h, t, d = query.shape
+    if mask is None and t > 1:
+        position = torch.arange(view.length - t, view.length, device=query.device)
+        mask = (torch.arange(view.length, device=query.device) <= position[:, None])[None, None]
+    beta = gate = rows = None
+    if bias is not None and module in bias.gates:
+        beta, favoured = bias.keys(b, t, view.length)
+        rows = rows_that_see(favoured, t, mask, causal=False)  # [B, T]
+        gate = bias.gates[module].strength.expand(b, h)
+        beta = view.in_stored_order(beta)
+        layer = bias.layers[module]
+        bias.calls[layer] = bias.calls.get(layer, 0) + 1
+    if mask is not None:
+        mask = view.in_stored_order(mask)
+    if backend.choose(path, query.device, *_kernel_can(query, view, mask)) == "triton":
+        from zq_lib.gear.kernels import decode
+
+        keep = None if mask is None else mask[:, 0, 0].expand(b, -1)
+        gates = None if gate is None else gate * rows
+        out = decode(query, view, scale=scale, mask=keep, bias=beta, gate=gates)  # [B, H, D]
+        return out[:, :, None].to(query.dtype)
+    groups = view.exact_keys.shape[1]
+    q = (query.float() * scale).view(b, groups, -1, d)  # [B, G, M, D], M = H/G * T rows per key head
+    total = _Softmax(q, view.exact_values.shape[3])
+
+    def extra(scores: Tensor, start: int) -> Tensor:
+        """Mask and bias of the stored columns from `start` on. `scores` [B, G, M, n]"""
+        end = start + scores.shape[3]
+        scores = scores.reshape(b, h, t, end - start)
+        if beta is not None:
+            scores = scores + (gate[:, :, None] * rows[:, None])[..., None] * beta[:, None, None, start:end]
+        if mask is not None:
+            part = mask[..., start:end]
+            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+        return scores.reshape(*q.shape[:3], end - start)
+
+    sinks, column = view.sinks, view.sinks
+    for block in view.blocks:
+        for keys, values, length in tiles(block):
+            scores = key_scores(q, keys)[..., :length]
+            total.add(extra(scores, column), values)
+            column += length
+    keys, values = view.exact_keys.float(), view.exact_values.float()
+    scores = q @ keys.mT  # sinks and buffer
+    if beta is not None or mask is not None:
+        scores = torch.cat([extra(scores[..., :sinks], 0), extra(scores[..., sinks:], column)], -1)
+    total.add(scores, values)
+    return total.result().view(b, h, t, -1).to(query.dtype)
+
+
+class _Softmax:
+    """Online softmax over tiles: weights relative to the largest score so far, rescaled when it grows."""
+
+    def __init__(self, q: Tensor, width: int) -> None:
+        self.largest = q.new_full((*q.shape[:3], 1), -torch.inf)
+        self.weight = q.new_zeros((*q.shape[:3], 1))
+        self.out = q.new_zeros((*q.shape[:3], width))
+
+    def add(self, scores: Tensor, values: Packed | Tensor) -> None:
+        if scores.shape[-1] == 0:
+            return
+        largest = torch.maximum(self.largest, scores.amax(-1, keepdim=True))
+        finite = largest.masked_fill(largest == -torch.inf, 0.0)  # a row that sees nothing yet
+        p = (scores - finite).exp_()
+        shrink = (self.largest - finite).exp_()
+        mixed = p @ values if isinstance(values, Tensor) else mix_values(p, values)
+        self.out = self.out * shrink + mixed
+        self.weight = self.weight * shrink + p.sum(-1, keepdim=True)
+        self.largest = largest
+
+    def result(self) -> Tensor:
+        """The attention; 0 for a row that sees nothing."""
+        return self.out / self.weight.masked_fill(self.weight == 0, 1.0)
+
+
+def tiles(block: Block) -> Iterator[tuple[Packed, Packed, int]]:
+    """Parts of a block of about TILE tokens, with how many of their tokens count: several segments, or part of one."""
+    n, left = block.keys.tokens, block.length
+    step = math.lcm(block.keys.group if block.keys.per_channel and block.keys.group < n else 1, PAGE)
+    step *= max(1, TILE // step)
+    together = max(1, TILE // n) if n <= TILE else 1
+    for first in range(0, block.keys.count, together):
+        keys, values = (x.segments(first, first + together) for x in (block.keys, block.values))
+        if n <= step:
+            size = min(left, keys.count * n)
+            yield keys, values, size
+            left -= size
+            continue
+        for start in range(0, n, step):
+            stop = min(n, start + step)
+            size = min(left, stop - start)
+            if size > 0:
+                yield keys.tokens_between(start, stop), values.tokens_between(start, stop), size
+            left -= size
+
+
+def key_scores(q: Tensor, keys: Packed) -> Tensor:
+    """q K^T on packed keys: q [B, G, M, D] float32, already scaled -> [B, G, M, m n]."""
+    b, heads, rows, d = q.shape
+    codes = unpack(keys.codes, keys.bits).float()  # [B, m, G, n, D]
+    m, n = codes.shape[1], codes.shape[3]
+    scale, zero = keys.scale.float(), keys.zero.float()
+    if keys.per_channel:
+        grouped = q[:, None, :, None]  # [B, 1, G, 1, M, D]
+        scores = (grouped * scale.unsqueeze(4)) @ codes.unflatten(3, (-1, keys.group)).mT  # [B, m, G, n/g, M, g]
+        scores = scores + (grouped @ zero.unsqueeze(5))
+        scores = scores.transpose(3, 4).flatten(4)  # [B, m, G, M, n]
+    else:
+        parts = scale.shape[-1]
+        grouped = q[:, None].unflatten(4, (parts, -1)).transpose(3, 4)  # [B, 1, G, C, M, w]
+        products = grouped @ codes.unflatten(4, (parts, -1)).permute(0, 1, 2, 4, 5, 3)  # [B, m, G, C, M, n]
+        scale, zero = (x.mT.unsqueeze(4) for x in (scale, zero))  # [B, m, G or 1, C, 1, n]
+        scores = (products * scale + grouped.sum(-1, keepdim=True) * zero).sum(3)
+    if (found := keys.factors()) is not None:
+        scores = scores + (q[:, None] @ found[1]) @ found[0].mT
+    scores = scores.permute(0, 2, 3, 1, 4)  # [B, G, M, m, n]
+    if keys.out_delta is not None:
+        scores = scores.contiguous()
+        by_token, by_channel = _entry_index(keys)
+        picked = q.transpose(2, 3).reshape(b, heads * d, rows).gather(1, by_channel[..., None].expand(-1, -1, rows))
+        flat = scores.permute(0, 1, 3, 4, 2).reshape(b, heads * m * n, rows)
+        flat = flat.scatter_add(
+            1, by_token[..., None].expand(-1, -1, rows), picked * keys.out_delta.float().view(b, -1, 1)
+        )
+        return flat.view(b, heads, m * n, rows).mT
+    return scores.reshape(b, heads, rows, m * n)
+
+
+def mix_values(p: Tensor, values: Packed) -> Tensor:
+    """P V on packed values: p [B, G, M, up to m n] float32 -> [B, G, M, D]."""
+    codes = unpack(values.codes, values.bits).float()  # [B, m, G, n, D]
+    b, m, heads, n, d = codes.shape
+    if p.shape[-1] < m * n:  # hidden tokens weigh nothing
+        p = torch.nn.functional.pad(p, (0, m * n - p.shape[-1]))
+    rows = p.shape[2]
+    split = p.unflatten(3, (m, n)).transpose(2, 3).transpose(1, 2)  # [B, m, G, M, n]
+    scale, zero = values.scale.float().mT.unsqueeze(4), values.zero.float().mT  # [B, m, G or 1, C, 1, n], [.., C, n]
+    parts = scale.shape[3]
+    mixed = (split.unsqueeze(3) * scale) @ codes.unflatten(4, (parts, -1)).transpose(3, 4)  # [B, m, G, C, M, w]
+    mixed = mixed + (split @ zero.mT).transpose(3, 4).unsqueeze(5)
+    out = mixed.sum(1).transpose(2, 3).flatten(3)  # [B, G, M, D]
+    if (found := values.factors()) is not None:
+        out = out + ((split @ found[0]) @ found[1].mT).sum(1)
+    if values.out_delta is not None:
+        by_token, by_channel = _entry_index(values)
+        weights = p.transpose(2, 3).reshape(b, heads * m * n, rows).gather(1, by_token[..., None].expand(-1, -1, rows))
+        flat = out.transpose(2, 3).reshape(b, heads * d, rows)
+        flat = flat.scatter_add(
+            1, by_channel[..., None].expand(-1, -1, rows), weights * values.out_delta.float().view(b, -1, 1)
+        )
+        return flat.view(b, heads, d, rows).mT
+    return out
+
+
+def _entry_index(packed: Packed) -> tuple[Tensor, Tensor]:
+    """Of every outlier: where its token is among [G, m, n] and its channel among [G, D]; [B, m N] int64 each."""
+    heads, m, n, d = packed.heads, packed.count, packed.tokens, packed.width
+    padded = -(-n // PAGE) * PAGE
+    place = places(packed.out_start, heads) + packed.out_token  # head * padded tokens + token, [B, m, N]
+    head, token = place // padded, place % padded
+    segment = torch.arange(m, device=place.device)[:, None]
+    return ((head * m + segment) * n + token).flatten(1), (head * d + packed.out_channel).flatten(1)
+
+
+def _kernel_can(query: Tensor, view: View, mask: Tensor | None) -> tuple[bool, str]:
+    if query.shape[2] != 1:
+        return False, f"the kernel decodes one query at a time, not {query.shape[2]}; use the torch path"
+    if mask is not None and mask.dtype != torch.bool:
+        return False, "a float attention mask is not in the kernel; give a boolean one"
+    if query.dtype == torch.float64:
+        return False, "float64 is not in the kernel; use float32, float16 or bfloat16"
+    return True, ""
+
+
+@contextmanager
+def attend_packed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Let `model` read GearCache in its packed form inside a `with` block; other caches work as before.
+
+    Padding is then found in the attention mask that the model is given. Composes with PASTA in any order. Without this,
+    GearCache works with any attention and restores keys and values for it, layer by layer.
+    """
+    use_implementation(model, NAME)
+    hook = model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    try:
+        yield model
+    finally:
+        hook.remove()
+        restore_implementation(model, NAME)
+
+
+def _note_padding(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if isinstance(cache, GearCache) and isinstance(mask, Tensor) and mask.dim() == 2:
+        cache.set_padding(mask)
+
+
+register(NAME, gear_attention_forward, rank=1)

@@ -1,0 +1,280 @@
+"""The compressed form of keys or values, X ~ codes * scale + zero + A B^T + outliers, and what it weighs.
+
+A block is m equally long segments of n tokens: a prompt is one long segment, the pages of a generation are m short ones
+that grow by one at a time. Every tensor has the batch as its first and the segment as its second dimension, so blocks
+are selected, repeated and joined without knowing what is inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from zq_lib.gear.config import Codec
+from zq_lib.gear.lowrank import factorise, to_int8
+from zq_lib.gear.outliers import PAGE, outlier_mask, places, to_entries
+from zq_lib.gear.packing import pack, row_bytes, unpack
+from zq_lib.gear.quantize import encode, group_view, ranges, restore
+
+COMPONENTS = {
+    "codes": ("codes",),
+    "metadata": ("scale", "zero"),
+    "low rank": ("left", "right", "left_scale", "right_scale"),
+    "outliers": ("out_token", "out_channel", "out_delta", "out_start"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Keys or values of one block.
+
+    kind, bits       "key" or "value"; bits of a code.
+    tokens, width    n tokens of a segment; head width D.
+    group            elements along the grouped axis that share scale and zero.
+    codes            [B, m, G, n, D bits / 8] uint8, planar (`packing`).
+    scale, zero      float16 or float32: [B, m, G, n/g, D] per channel, [B, m, G, n, D/g] per token; "all": [B, m, 1, n, 1].
+    left, right      factors A [B, m, G, n, R] and B [B, m, G, D, R], float16, or int8 with left_scale, right_scale
+                     [B, m, G, 1, R]; None without low rank.
+    out_*            outliers sorted by head and token: token in its page of 64, channel, what is missing there
+                     [B, m, N] each, and where each head's pages start [B, m, G pages + 1]; None without outliers.
+    """
+
+    kind: str
+    bits: int
+    tokens: int
+    width: int
+    group: int
+    per_channel: bool
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
+    left_scale: Tensor | None = None
+    right_scale: Tensor | None = None
+    out_token: Tensor | None = None
+    out_channel: Tensor | None = None
+    out_delta: Tensor | None = None
+    out_start: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in found.items() if isinstance(x, Tensor)}
+
+    def layout(self) -> tuple:
+        """What two blocks must share to be joined."""
+        shapes = tuple((name, x.dtype, x.shape[2:]) for name, x in self.tensors().items())
+        return (self.kind, self.bits, self.tokens, self.width, self.group, self.per_channel, shapes)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed, for example moved or selected."""
+        return replace(self, **{name: change(x) for name, x in self.tensors().items()})
+
+    def join(self, other: Self) -> Self:
+        """The segments of both, in order."""
+        mine, theirs = self.tensors(), other.tensors()
+        return replace(self, **{name: torch.cat([x, theirs[name]], 1) for name, x in mine.items()})
+
+    def segments(self, start: int, stop: int) -> Self:
+        """Some of the segments, without copying."""
+        return self.map(lambda x: x[:, start:stop])
+
+    def tokens_between(self, start: int, stop: int) -> Self:
+        """The tokens start..stop of the only segment; `start` at a page and a key group. Copies only outliers."""
+        if self.count != 1:
+            raise ValueError(f"a block of {self.count} segments has no single range of tokens; take one segment first")
+        pages, first, last = -(-self.tokens // PAGE), start // PAGE, -(-stop // PAGE)
+        changed = {"codes": self.codes[:, :, :, start:stop]}
+        if not self.per_channel:
+            changed |= {name: getattr(self, name)[:, :, :, start:stop] for name in ("scale", "zero")}
+        elif self.group < self.tokens:
+            of = slice(start // self.group, -(-stop // self.group))
+            changed |= {name: getattr(self, name)[:, :, :, of] for name in ("scale", "zero")}
+        if self.left is not None:
+            changed["left"] = self.left[:, :, :, start:stop]
+        group = min(self.group, stop - start) if self.per_channel else self.group
+        part = replace(self, tokens=stop - start, group=group, **changed)
+        return part if self.out_delta is None else part._outliers_of_pages(pages, first, last)
+
+    def _outliers_of_pages(self, pages: int, first: int, last: int) -> Self:
+        """Outliers of the pages first..last of every head. Rows may have different numbers: the rest is filled with 0."""
+        start = self.out_start[:, 0].long()  # [B, G pages + 1]
+        b, heads = start.shape[0], self.heads
+        counts = start.diff(dim=-1).view(b, heads, pages)
+        inside = torch.zeros_like(counts, dtype=torch.bool)
+        inside[:, :, first:last] = True
+        entry = torch.stack([inside[i].flatten().repeat_interleave(counts[i].flatten()) for i in range(b)])  # [B, N]
+        size = entry.sum(-1)
+        longest = int(size.max())
+        order = (~entry).to(torch.uint8).argsort(dim=-1, stable=True)[:, :longest]
+        begin = torch.nn.functional.pad(counts[:, :, first:last].flatten(1).cumsum(-1), (1, 0))
+        begin[:, -1] = longest  # fillers fall into the last page and add nothing
+        filler = torch.arange(longest, device=order.device) >= size[:, None]
+
+        def pick(x: Tensor) -> Tensor:
+            return x[:, 0].gather(1, order).masked_fill(filler, 0)[:, None]
+
+        return replace(
+            self, out_token=pick(self.out_token), out_channel=pick(self.out_channel), out_delta=pick(self.out_delta),
+            out_start=begin[:, None].to(torch.int32),
+        )  # fmt: skip
+
+    @property
+    def heads(self) -> int:
+        """G, key/value heads."""
+        return self.codes.shape[2]
+
+    @property
+    def count(self) -> int:
+        """m, segments."""
+        return self.codes.shape[1]
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A [B, m, G, n, R] and B [B, m, G, D, R] in float32, or None."""
+        if self.left is None:
+            return None
+        if self.left_scale is None:
+            return self.left.float(), self.right.float()
+        return self.left.float() * self.left_scale.float(), self.right.float() * self.right_scale.float()
+
+    def group_view(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, m, G, n, D] viewed in groups, with scale and zero in float32 that broadcast over it."""
+        b, m, heads, n, d = x.shape
+        scale, zero = self.scale.float(), self.zero.float()
+        if self.per_channel:
+            return x.view(b, m, heads, -1, self.group, d), scale.unsqueeze(4), zero.unsqueeze(4)
+        return x.view(b, m, heads, n, scale.shape[-1], -1), scale.unsqueeze(-1), zero.unsqueeze(-1)
+
+    def backbone(self) -> Tensor:
+        """codes * scale + zero, [B, m, G, n, D] float32."""
+        codes = unpack(self.codes, self.bits).float()
+        return restore(*self.group_view(codes)).view(codes.shape)
+
+    def dequantize(self) -> Tensor:
+        """The restored tensor, [B, G, m n, D] float32."""
+        x = self.backbone()
+        if (found := self.factors()) is not None:
+            x += found[0] @ found[1].mT
+        if self.out_delta is not None:
+            b, m, heads, n, d = x.shape
+            pages = -(-n // PAGE)
+            place = places(self.out_start, heads) + self.out_token  # head * padded tokens + token
+            head, token = place // (pages * PAGE), place % (pages * PAGE)
+            index = ((head * n + token) * d + self.out_channel).flatten(0, 1)
+            x.view(b * m, -1).scatter_add_(1, index, self.out_delta.float().flatten(0, 1))
+        return x.transpose(1, 2).flatten(2, 3)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by component."""
+        stored = self.tensors()
+        return {part: sum(stored[n].nbytes for n in names if n in stored) for part, names in COMPONENTS.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Keys and values of m segments; the first `length` tokens count (a crop hides the others)."""
+
+    keys: Packed
+    values: Packed
+    length: int
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed."""
+        return replace(self, keys=self.keys.map(change), values=self.values.map(change))
+
+    def join(self, other: Self) -> Self | None:
+        """Both as one block, or None when their layouts differ or some of this one is hidden."""
+        whole = self.length == self.keys.tokens * self.keys.count
+        alike = self.keys.layout() == other.keys.layout() and self.values.layout() == other.values.layout()
+        if not whole or not alike:
+            return None
+        return Block(self.keys.join(other.keys), self.values.join(other.values), self.length + other.length)
+
+    def crop(self, length: int) -> Self:
+        """The first `length` tokens. Whole segments go; the rest of a cut one stays stored and is hidden."""
+        count = -(-length // self.keys.tokens)
+
+        def cut(x: Tensor) -> Tensor:
+            return x[:, :count].clone()  # a view would keep the bytes alive
+
+        block = self.map(cut) if count < self.keys.count else self
+        return replace(block, length=length)
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """Restored keys and values, [B, G, length, D] float32."""
+        return self.keys.dequantize()[:, :, : self.length], self.values.dequantize()[:, :, : self.length]
+
+
+def check_width(codec: Codec, width: int) -> None:
+    """Raise ValueError when heads of this width cannot be stored with these settings."""
+    row_bytes(width, codec.bits)
+    if not codec.per_channel():
+        group_view(codec, (1, 1, 1, 1, width))
+
+
+def compress(x: Tensor, codec: Codec, *, prompt: bool, valid: Tensor | None = None, seed: int = 0) -> Packed:
+    """Compress one segment.
+
+    Args: `x` [B, G, n, D], any float dtype; `prompt` chooses between the two ranks; `valid` [B, n] bool marks padding,
+    which takes no part in ranges, outliers and residual; `seed` is added to the codec's. Raises ValueError for NaN or
+    infinite input and for settings that do not fit the shape.
+    """
+    if not torch.isfinite(x).all():
+        raise ValueError(
+            f"the {codec.kind}s hold NaN or infinite numbers, which cannot be compressed; run the model in bfloat16 or "
+            "float32, and check its inputs"
+        )
+    x = x.detach().float().unsqueeze(1)  # [B, 1, G, n, D]
+    if valid is not None:
+        valid = None if valid.all() else valid[:, None, None, :, None]
+    outliers = outlier_mask(x, codec, valid)
+    keep = outliers if outliers is None else ~outliers
+    if valid is not None:
+        keep = valid.expand(x.shape) if keep is None else keep & valid
+    view = group_view(codec, x.shape)
+    scale, zero = ranges(x, keep, codec, view)
+    split = x.reshape(view.shape)
+    codes = encode(split, scale, zero, codec.bits)
+    stored = {
+        "codes": pack(codes.to(torch.uint8).view(x.shape), codec.bits),
+        "scale": scale.reshape(view.stored).to(getattr(torch, codec.meta_dtype)),
+        "zero": zero.reshape(view.stored).to(getattr(torch, codec.meta_dtype)),
+    }
+    missing = x - restore(codes, scale, zero).view(x.shape)  # what the backbone gets wrong
+    rank = codec.rank if prompt else codec.rank_decode
+    if rank:
+        residual = missing if keep is None else torch.where(keep, missing, 0.0)
+        stored |= _store_factors(*factorise(residual, rank, codec, codec.seed + seed), codec)
+    if outliers is not None:
+        delta = missing
+        if rank and codec.outlier_mode == "exact":
+            product = Packed(codec.kind, codec.bits, 0, 0, 0, False, **stored).factors()
+            delta = missing - product[0] @ product[1].mT
+        names = ("out_token", "out_channel", "out_delta", "out_start")
+        delta = torch.nan_to_num(delta.clamp(-65504, 65504))
+        stored |= dict(zip(names, to_entries(outliers, delta), strict=True))
+    return Packed(
+        codec.kind, codec.bits, x.shape[3], x.shape[4],
+        view.shape[view.axis] if view.axis > 0 else x.shape[4],
+        codec.per_channel(), **{name: t.contiguous() for name, t in stored.items()},
+    )  # fmt: skip
+
+
+def _store_factors(a: Tensor, b: Tensor, codec: Codec) -> dict[str, Tensor]:
+    """Factors in their storage form. A column's size is split evenly, so that neither side leaves float16."""
+    size = (a.norm(dim=-2, keepdim=True) * b.norm(dim=-2, keepdim=True)).sqrt()
+    unit = torch.finfo(a.dtype).tiny
+
+    def to_size(x: Tensor) -> Tensor:
+        return x * (size / x.norm(dim=-2, keepdim=True).clamp(min=unit))
+
+    a, b = to_size(a), to_size(b)
+    if codec.factor_bits == 16:
+        return {"left": a.to(torch.float16), "right": b.to(torch.float16)}
+    (left, left_scale), (right, right_scale) = to_int8(a), to_int8(b)
+    return {"left": left, "right": right, "left_scale": left_scale, "right_scale": right_scale}
