@@ -5,8 +5,8 @@ With x = code * scale + zero + A B^T + delta, a dot product splits into
     q . k_t = (q * scale) . code_t + q . zero + (q B) . A_t + sum over outliers of q_c delta
     sum_t p_t v_t = (p * scale) code + p zero + (p A) B^T + sum over outliers of p_t delta
 
-so codes enter as small whole numbers and scales meet the query or the probabilities. Keys are taken tile by tile with an
-online softmax; the working set is one tile. Where Triton runs on a GPU, `kernels.py` does the same in one launch.
+so codes enter as small whole numbers and scales meet the query or the probabilities. Keys are taken tile by tile with
+an online softmax; the working set is one tile. Where Triton runs on a GPU, `kernels.py` does the same in one launch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,13 @@ from zq_lib.core.attach import (
     use_implementation,
 )
 from zq_lib.gear.cache import GearCache
-from zq_lib.gear.outliers import PAGE, places
+from zq_lib.gear.outliers import PAGE
 from zq_lib.gear.packed import Block, Packed
 from zq_lib.gear.packing import unpack
 from zq_lib.gear.view import NAME, View, view_of
 
 TILE = 1024  # tokens restored at a time; measured: shorter tiles cost more calls, longer ones more memory
+WAITING = 2**18  # scores (a megabyte) that may wait for one step of the softmax
 
 
 def gear_attention_forward(
@@ -107,11 +109,13 @@ def packed_attention(
         out = decode(query, view, scale=scale, mask=keep, bias=beta, gate=gates)  # [B, H, D]
         return out[:, :, None].to(query.dtype)
     groups = view.exact_keys.shape[1]
-    q = (query.float() * scale).view(b, groups, -1, d)  # [B, G, M, D], M = H/G * T rows per key head
-    total = _Softmax(q, view.exact_values.shape[3])
+    q = (query.float() * scale).reshape(b, groups, -1, d)  # [B, G, M, D], M = H/G * T rows per key head
+    total = _Softmax()
 
     def extra(scores: Tensor, start: int) -> Tensor:
         """Mask and bias of the stored columns from `start` on. `scores` [B, G, M, n]"""
+        if beta is None and mask is None:
+            return scores
         end = start + scores.shape[3]
         scores = scores.reshape(b, h, t, end - start)
         if beta is not None:
@@ -121,43 +125,58 @@ def packed_attention(
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
         return scores.reshape(*q.shape[:3], end - start)
 
-    sinks, column = view.sinks, view.sinks
+    keys, values, sinks = view.exact_keys.float(), view.exact_values.float(), view.sinks
+    if sinks:
+        total.add(extra(q @ keys[:, :, :sinks].mT, 0), values[:, :, :sinks])
+    column = sinks
     for block in view.blocks:
-        for keys, values, length in tiles(block):
-            scores = key_scores(q, keys)[..., :length]
-            total.add(extra(scores, column), values)
+        for packed_keys, packed_values, length in tiles(block):
+            total.add(extra(key_scores(q, packed_keys)[..., :length], column), packed_values)
             column += length
-    keys, values = view.exact_keys.float(), view.exact_values.float()
-    scores = q @ keys.mT  # sinks and buffer
-    if beta is not None or mask is not None:
-        scores = torch.cat([extra(scores[..., :sinks], 0), extra(scores[..., sinks:], column)], -1)
-    total.add(scores, values)
+    total.add(extra(q @ keys[:, :, sinks:].mT, column), values[:, :, sinks:])
     return total.result().view(b, h, t, -1).to(query.dtype)
 
 
 class _Softmax:
-    """Online softmax over tiles: weights relative to the largest score so far, rescaled when it grows."""
+    """Softmax over tiles, online: weights are relative to the largest score so far, and shrink when that grows.
 
-    def __init__(self, q: Tensor, width: int) -> None:
-        self.largest = q.new_full((*q.shape[:3], 1), -torch.inf)
-        self.weight = q.new_zeros((*q.shape[:3], 1))
-        self.out = q.new_zeros((*q.shape[:3], width))
+    Tiles are collected until their scores are worth a step, so that one query takes one step whatever the length.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Tensor, Packed | Tensor]] = []
+        self.largest: Tensor | None = None
 
     def add(self, scores: Tensor, values: Packed | Tensor) -> None:
-        if scores.shape[-1] == 0:
-            return
-        largest = torch.maximum(self.largest, scores.amax(-1, keepdim=True))
-        finite = largest.masked_fill(largest == -torch.inf, 0.0)  # a row that sees nothing yet
+        """Scores [B, G, M, n] of the next tile and its values, [B, G, n, D] or packed."""
+        self.waiting.append((scores, values))
+        if sum(x.numel() for x, _ in self.waiting) > WAITING:
+            self._step()
+
+    def _step(self) -> None:
+        sizes = [x.shape[-1] for x, _ in self.waiting]
+        scores = torch.cat([x for x, _ in self.waiting], -1)
+        largest = scores.amax(-1, keepdim=True)
+        if self.largest is not None:
+            largest = torch.maximum(largest, self.largest)
+        finite = largest.clamp(min=torch.finfo(scores.dtype).min)  # for a row that sees nothing yet
         p = (scores - finite).exp_()
-        shrink = (self.largest - finite).exp_()
-        mixed = p @ values if isinstance(values, Tensor) else mix_values(p, values)
-        self.out = self.out * shrink + mixed
-        self.weight = self.weight * shrink + p.sum(-1, keepdim=True)
-        self.largest = largest
+        weight, mixed = p.sum(-1, keepdim=True), None
+        for part, (_, values) in zip(p.split(sizes, -1), self.waiting, strict=True):
+            one = part @ values if isinstance(values, Tensor) else mix_values(part, values)
+            mixed = one if mixed is None else mixed + one
+        if self.largest is None:
+            self.out, self.weight = mixed, weight
+        else:
+            shrink = (self.largest - finite).exp_()
+            self.out, self.weight = self.out * shrink + mixed, self.weight * shrink + weight
+        self.largest, self.waiting = largest, []
 
     def result(self) -> Tensor:
         """The attention; 0 for a row that sees nothing."""
-        return self.out / self.weight.masked_fill(self.weight == 0, 1.0)
+        if self.waiting:
+            self._step()
+        return self.out / self.weight.clamp(min=torch.finfo(self.out.dtype).tiny)
 
 
 def tiles(block: Block) -> Iterator[tuple[Packed, Packed, int]]:
@@ -184,69 +203,72 @@ def tiles(block: Block) -> Iterator[tuple[Packed, Packed, int]]:
 def key_scores(q: Tensor, keys: Packed) -> Tensor:
     """q K^T on packed keys: q [B, G, M, D] float32, already scaled -> [B, G, M, m n]."""
     b, heads, rows, d = q.shape
+    m, n = keys.count, keys.tokens
+    scale, zero, one = keys.scale.float(), keys.zero.float(), q[:, None]  # [B, 1, G, M, D]
     codes = unpack(keys.codes, keys.bits).float()  # [B, m, G, n, D]
-    m, n = codes.shape[1], codes.shape[3]
-    scale, zero = keys.scale.float(), keys.zero.float()
-    if keys.per_channel:
-        grouped = q[:, None, :, None]  # [B, 1, G, 1, M, D]
-        scores = (grouped * scale.unsqueeze(4)) @ codes.unflatten(3, (-1, keys.group)).mT  # [B, m, G, n/g, M, g]
-        scores = scores + (grouped @ zero.unsqueeze(5))
-        scores = scores.transpose(3, 4).flatten(4)  # [B, m, G, M, n]
-    else:
-        parts = scale.shape[-1]
-        grouped = q[:, None].unflatten(4, (parts, -1)).transpose(3, 4)  # [B, 1, G, C, M, w]
-        products = grouped @ codes.unflatten(4, (parts, -1)).permute(0, 1, 2, 4, 5, 3)  # [B, m, G, C, M, n]
-        scale, zero = (x.mT.unsqueeze(4) for x in (scale, zero))  # [B, m, G or 1, C, 1, n]
-        scores = (products * scale + grouped.sum(-1, keepdim=True) * zero).sum(3)
+    if keys.per_channel:  # the scale meets the query, once per group
+        met = one.unsqueeze(3) * scale.unsqueeze(4)  # [B, m, G, n/g, M, D]
+        scores = (met @ codes.unflatten(3, (-1, keys.group)).mT).transpose(3, 4)  # [B, m, G, M, n/g, g]
+        scores = (scores + (one @ zero.mT).unsqueeze(5)).flatten(4)  # [B, m, G, M, n]
+    else:  # the scale meets the product, per channel group
+        split = one.unflatten(4, (scale.shape[-1], -1))  # [B, 1, G, M, C, w]
+        scores = split.transpose(3, 4) @ codes.unflatten(4, (scale.shape[-1], -1)).permute(0, 1, 2, 4, 5, 3)
+        scores = (scores * scale.mT.unsqueeze(4)).sum(3) + split.sum(-1) @ zero.mT  # [B, m, G, C, M, n], summed over C
     if (found := keys.factors()) is not None:
-        scores = scores + (q[:, None] @ found[1]) @ found[0].mT
-    scores = scores.permute(0, 2, 3, 1, 4)  # [B, G, M, m, n]
+        scores = scores + (one @ found[1]) @ found[0].mT
+    scores = scores.permute(0, 2, 3, 1, 4).reshape(b, heads, rows, m * n)
     if keys.out_delta is not None:
-        scores = scores.contiguous()
-        by_token, by_channel = _entry_index(keys)
-        picked = q.transpose(2, 3).reshape(b, heads * d, rows).gather(1, by_channel[..., None].expand(-1, -1, rows))
-        flat = scores.permute(0, 1, 3, 4, 2).reshape(b, heads * m * n, rows)
-        flat = flat.scatter_add(
-            1, by_token[..., None].expand(-1, -1, rows), picked * keys.out_delta.float().view(b, -1, 1)
-        )
-        return flat.view(b, heads, m * n, rows).mT
-    return scores.reshape(b, heads, rows, m * n)
+        token, channel = _entries(keys)
+        met = q.mT.reshape(-1, rows).index_select(0, channel) * keys.out_delta.reshape(-1, 1)  # [B m N, M]
+        sparse = q.new_zeros(b * heads * m * n, rows).index_add_(0, token, met)
+        scores = scores + sparse.view(b, heads, m * n, rows).mT
+    return scores
 
 
 def mix_values(p: Tensor, values: Packed) -> Tensor:
     """P V on packed values: p [B, G, M, up to m n] float32 -> [B, G, M, D]."""
-    codes = unpack(values.codes, values.bits).float()  # [B, m, G, n, D]
-    b, m, heads, n, d = codes.shape
+    b, heads, rows, d = *p.shape[:3], values.width
+    m, n = values.count, values.tokens
     if p.shape[-1] < m * n:  # hidden tokens weigh nothing
         p = torch.nn.functional.pad(p, (0, m * n - p.shape[-1]))
-    rows = p.shape[2]
-    split = p.unflatten(3, (m, n)).transpose(2, 3).transpose(1, 2)  # [B, m, G, M, n]
-    scale, zero = values.scale.float().mT.unsqueeze(4), values.zero.float().mT  # [B, m, G or 1, C, 1, n], [.., C, n]
-    parts = scale.shape[3]
-    mixed = (split.unsqueeze(3) * scale) @ codes.unflatten(4, (parts, -1)).transpose(3, 4)  # [B, m, G, C, M, w]
-    mixed = mixed + (split @ zero.mT).transpose(3, 4).unsqueeze(5)
-    out = mixed.sum(1).transpose(2, 3).flatten(3)  # [B, G, M, D]
+    split = p.unflatten(3, (m, n)).permute(0, 3, 1, 2, 4)  # [B, m, G, M, n]
+    scale, zero = values.scale.float(), values.zero.float()  # [B, m, G or 1, n, C]
+    parts = scale.shape[-1]
+    met = split.unsqueeze(3) * scale.mT.unsqueeze(4)  # [B, m, G, C, M, n]
+    codes = unpack(values.codes, values.bits).float()  # [B, m, G, n, D]
+    mixed = met @ codes.unflatten(4, (parts, -1)).transpose(3, 4) + (split @ zero).mT.unsqueeze(5)
+    out = mixed.transpose(3, 4).flatten(4)  # [B, m, G, C, M, w] -> [B, m, G, M, D]
     if (found := values.factors()) is not None:
-        out = out + ((split @ found[0]) @ found[1].mT).sum(1)
+        out = out + (split @ found[0]) @ found[1].mT
+    out = out.sum(1) if m > 1 else out[:, 0]
     if values.out_delta is not None:
-        by_token, by_channel = _entry_index(values)
-        weights = p.transpose(2, 3).reshape(b, heads * m * n, rows).gather(1, by_token[..., None].expand(-1, -1, rows))
-        flat = out.transpose(2, 3).reshape(b, heads * d, rows)
-        flat = flat.scatter_add(
-            1, by_channel[..., None].expand(-1, -1, rows), weights * values.out_delta.float().view(b, -1, 1)
-        )
-        return flat.view(b, heads, d, rows).mT
+        token, channel = _entries(values)
+        met = p.mT.reshape(-1, rows).index_select(0, token) * values.out_delta.reshape(-1, 1)  # [B m N, M]
+        sparse = p.new_zeros(b * heads * d, rows).index_add_(0, channel, met)
+        out = out + sparse.view(b, heads, d, rows).mT
     return out
 
 
-def _entry_index(packed: Packed) -> tuple[Tensor, Tensor]:
-    """Of every outlier: where its token is among [G, m, n] and its channel among [G, D]; [B, m N] int64 each."""
-    heads, m, n, d = packed.heads, packed.count, packed.tokens, packed.width
-    padded = -(-n // PAGE) * PAGE
-    place = places(packed.out_start, heads) + packed.out_token  # head * padded tokens + token, [B, m, N]
-    head, token = place // padded, place % padded
-    segment = torch.arange(m, device=place.device)[:, None]
-    return ((head * m + segment) * n + token).flatten(1), (head * d + packed.out_channel).flatten(1)
+def _entries(packed: Packed) -> tuple[Tensor, Tensor]:
+    """Of every outlier: where its token is among [B, G, m, n] and its channel among [B, G, D]; [B m N] int64 each."""
+    b, heads, m, n, d = packed.codes.shape[0], packed.heads, packed.count, packed.tokens, packed.width
+    pages = -(-n // PAGE)
+    # per page of a head and segment, in the order of the lists: first token, and first channel
+    pairs = _page_starts(b, m, heads, pages, n, d).to(packed.codes.device)
+    counts = packed.out_start.diff(dim=-1).flatten()
+    token, channel = pairs.repeat_interleave(counts, 1)
+    return token + packed.out_token.flatten(), channel + packed.out_channel.flatten()
+
+
+@lru_cache(maxsize=64)
+def _page_starts(b: int, m: int, heads: int, pages: int, n: int, d: int) -> Tensor:
+    row, segment, head, page = (
+        torch.arange(size).view([-1 if i == axis else 1 for i in range(4)])
+        for axis, size in enumerate((b, m, heads, pages))
+    )
+    token = ((row * heads + head) * m + segment) * n + page * PAGE
+    channel = ((row * heads + head) * d).expand(token.shape)
+    return torch.stack([token.flatten(), channel.flatten()])
 
 
 def _kernel_can(query: Tensor, view: View, mask: Tensor | None) -> tuple[bool, str]:

@@ -1,4 +1,4 @@
-"""`GearCache`, a transformers cache whose full-attention layers store tokens compressed (paper, section 3, algorithm 1).
+"""`GearCache`, a transformers cache whose full-attention layers store tokens compressed (section 3, algorithm 1).
 
 New tokens are exact until the buffer is full; then they become one segment, and are never compressed again. The prompt
 itself attends to exact keys and values: what is compressed is what is retained.
@@ -7,6 +7,7 @@ itself attends to exact keys and values: what is compressed is what is retained.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -179,7 +180,7 @@ class GearLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"tokens_to_remove={tokens_to_remove} is positive; give the number of tokens to remove as a negative one"
+                f"tokens_to_remove={tokens_to_remove} is positive; give how many to remove as a negative number"
             )
         if tokens_to_remove == 0 or not self.is_initialized:
             return
@@ -276,7 +277,7 @@ class GearCache(Cache):
         ]
         if not any(isinstance(layer, GearLayer) for layer in layers):
             raise ValueError(
-                f"config={type(config).__name__} has no full-attention layer to compress; use transformers' DynamicCache"
+                f"config={type(config).__name__} has no full-attention layer to compress; use DynamicCache"
             )
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
 
@@ -297,6 +298,19 @@ class GearCache(Cache):
         """Restored keys and values, layer by layer."""
         for layer in self.layers:
             yield layer.dequantize() if isinstance(layer, GearLayer) else (layer.keys, layer.values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the compressed prefix to one safetensors file; see `storage.save`."""
+        from zq_lib.gear.storage import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | Path, config: PretrainedConfig, device: str | torch.device = "cpu") -> GearCache:
+        """The cache that `save` wrote, for the model of this config; see `storage.load`."""
+        from zq_lib.gear.storage import load
+
+        return load(path, config, device)
 
     def nbytes(self) -> int:
         """Bytes of every tensor that the cache holds."""

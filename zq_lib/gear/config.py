@@ -46,8 +46,8 @@ class GearConfig:
 
     bits*          of a code: 2, 3, 4 or 8.
     scheme         which elements share a scale and a zero. "kivi": keys per channel over `group` tokens, values per
-                   token over `group` channels. "kcvt": keys per channel over the segment, values per token. "per_token":
-                   both like KIVI's values.
+                   token over `group` channels. "kcvt": keys per channel over the segment, values per token.
+                   "per_token": both like KIVI's values.
     group          elements per group, for "kivi" and "per_token"; values take at most the head width.
     outliers*      share of every vector kept exactly, half of it the largest and half the smallest (paper: 0.02).
     rank*          rank of the residual's factors in a prompt segment (paper: 4); 0 for none.

@@ -15,7 +15,7 @@ RIDGE = 4e-6  # of the Gram matrix's trace: above its float32 rounding, so that 
 
 
 def start_vectors(width: int, rank: int, seed: int) -> Tensor:
-    """The same [D, R] start for every row and head of a segment, so that a row compresses alike alone and in a batch."""
+    """One [D, R] start for every row and head of a segment: a row compresses alike alone and in a batch."""
     return torch.randn(width, rank, generator=torch.Generator().manual_seed(seed))
 
 

@@ -36,7 +36,8 @@ class Packed:
     tokens, width    n tokens of a segment; head width D.
     group            elements along the grouped axis that share scale and zero.
     codes            [B, m, G, n, D bits / 8] uint8, planar (`packing`).
-    scale, zero      float16 or float32: [B, m, G, n/g, D] per channel, [B, m, G, n, D/g] per token; "all": [B, m, 1, n, 1].
+    scale, zero      float16 or float32: [B, m, G, n/g, D] per channel, [B, m, G, n, D/g] per token, or
+                     [B, m, 1, n, 1] over all heads.
     left, right      factors A [B, m, G, n, R] and B [B, m, G, D, R], float16, or int8 with left_scale, right_scale
                      [B, m, G, 1, R]; None without low rank.
     out_*            outliers sorted by head and token: token in its page of 64, channel, what is missing there
@@ -102,7 +103,7 @@ class Packed:
         return part if self.out_delta is None else part._outliers_of_pages(pages, first, last)
 
     def _outliers_of_pages(self, pages: int, first: int, last: int) -> Self:
-        """Outliers of the pages first..last of every head. Rows may have different numbers: the rest is filled with 0."""
+        """Outliers of the pages first..last of every head. Rows may have different numbers: zeros fill up."""
         start = self.out_start[:, 0].long()  # [B, G pages + 1]
         b, heads = start.shape[0], self.heads
         counts = start.diff(dim=-1).view(b, heads, pages)

@@ -43,13 +43,17 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """Inverse of `pack`: uint8 codes [..., D]."""
     if bits == 8:
         return packed
-    found, start, width = None, 0, packed.shape[-1] * 8 // bits
+    # Eight bytes at a time where they fit: a shift carries bits into the next byte only where the mask clears them.
+    fits = packed.shape[-1] % (24 if bits == 3 else 8) == 0
+    words = packed.view(torch.int64) if fits else packed
+    found, start = None, 0
     for size, at in planes(bits):
-        plane = packed[..., start : start + width * size // 8]
+        plane = words[..., start : start + words.shape[-1] * size // bits].contiguous()  # else loops of 1 or 2 words
         start += plane.shape[-1]
-        part = torch.cat([(plane >> shift) & (2**size - 1) for shift in range(0, 8, size)], -1)
+        mask = (2**size - 1) * (0x0101010101010101 if fits else 1)
+        part = torch.cat([(plane >> shift) & mask for shift in range(0, 8, size)], -1)
         found = part if found is None else found | (part << at)
-    return found
+    return found.view(torch.uint8)
 
 
 def to_kivi(codes: Tensor, bits: int) -> Tensor:

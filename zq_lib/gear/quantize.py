@@ -80,7 +80,8 @@ def _stored(x: Tensor, codec: Codec) -> Tensor:
     rounded = x.to(torch.float16).to(x.dtype)
     if not torch.isfinite(rounded).all():
         raise ValueError(
-            f"a {codec.kind} range of {x.abs().max().item():.3g} does not fit float16 metadata; use meta_dtype='float32'"
+            f"a {codec.kind} range of {x.abs().max().item():.3g} does not fit float16 metadata; "
+            "use meta_dtype='float32'"
         )
     return rounded
 
@@ -108,7 +109,7 @@ def _clip_search(
 
 
 def encode(split: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes as whole numbers in float: clamp(round_half_even((x - zero) / scale), 0, 2^bits - 1); 0 where scale is 0."""
+    """Codes as whole numbers in float: clamp(round_half_even((x - zero) / scale), 0, 2^bits - 1), 0 at scale 0."""
     codes = ((split - zero) / torch.where(scale > 0, scale, 1.0)).round_().clamp_(0, 2**bits - 1)
     return torch.where(scale > 0, codes, 0.0)
 

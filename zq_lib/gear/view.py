@@ -1,4 +1,4 @@
-"""What one attention call sees of a layer's cache: the packed blocks and the exact tokens, as they were at that moment."""
+"""What one attention call sees of a layer's cache: packed blocks and exact tokens, as they were at that moment."""
 
 from __future__ import annotations
 
