@@ -8,6 +8,8 @@ from zq_lib.bench.harness import results
 from zq_lib.pasta import HeadProfile, MarkedText, Span, lab, shipped_profile
 from zq_lib.pasta.evaluate import written_out
 
+CONTROLS = (lab.RANDOM, lab.LUCKY, lab.LUCKLESS, lab.OTHERS)
+
 
 @pytest.fixture(scope="module")
 def quick(smollm2):
@@ -54,6 +56,18 @@ def _value(table: str, column: str, **where: object) -> float:
 )
 def test_the_committed_efficacy_is_within_its_bounds(task: str, condition: str, low: float, high: float) -> None:
     assert low <= _value("main", "es", task=task, condition=condition) <= high
+
+
+@pytest.mark.parametrize("task", ["conflict", "paraphrase", "pick"])
+def test_plain_random_draws_help_only_where_they_hold_one_of_the_best_heads(task: str) -> None:
+    """Why the control outside the top 40 is shown beside them: half of all draws of 20 hold a useful head."""
+    n, es = ({c: _value("main", column, task=task, condition=c) for c in CONTROLS} for column in ("n", "es"))
+    per_draw = _value("main", "n", task=task, condition="unsteered")
+    assert n[lab.LUCKY] / per_draw == 5 and n[lab.LUCKLESS] / per_draw == 5
+    assert n[lab.RANDOM] == n[lab.OTHERS] == lab.RANDOM_DRAWS * per_draw
+    assert es[lab.RANDOM] == pytest.approx((es[lab.LUCKY] + es[lab.LUCKLESS]) / 2, abs=1e-4)
+    assert es[lab.LUCKLESS] <= 0.45 < es[lab.RANDOM] < es[lab.LUCKY] - 0.1
+    assert _value("main", "es", task=task, condition="own top 20") > es[lab.LUCKY] + 0.2
 
 
 def test_keyword_inclusion_rises_from_at_most_8_to_at_least_15_of_20() -> None:

@@ -12,6 +12,8 @@ from transformers import (
     BertConfig,
     BertModel,
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     StaticCache,
@@ -398,6 +400,20 @@ def test_a_model_without_attention_is_refused() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(ValueError, match="MambaForCausalLM has no causal attention layers.*use a decoder"):
         pasta.attach(model, heads="all")
+
+
+def test_a_model_that_soft_caps_its_scores_is_refused_in_one_sentence_and_left_alone() -> None:
+    """SDPA has no cap, and such a model cannot be switched to it: advice to do so would lead in a circle."""
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, attn_logit_softcapping=50.0,
+        )
+    )  # fmt: skip
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM soft-caps .*=50\).*use a model without"):
+        pasta.attach(model, heads="all")
+    assert model.config._attn_implementation == before and not model.base_model._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

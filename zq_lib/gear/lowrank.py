@@ -26,9 +26,9 @@ def orthonormalise(x: Tensor) -> Tensor:
     """
     for _ in range(2):
         gram = x.mT @ x
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        ridge = RIDGE * trace + torch.finfo(x.dtype).tiny
-        factor = torch.linalg.cholesky(gram + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        squares += RIDGE * squares.sum(-1, keepdim=True) + torch.finfo(x.dtype).tiny
+        factor = torch.linalg.cholesky(gram)
         x = torch.linalg.solve_triangular(factor.mT, x, upper=True, left=False)
     return x
 
@@ -47,7 +47,7 @@ def factorise(residual: Tensor, rank: int, codec: Codec, seed: int) -> tuple[Ten
     scaled = residual / torch.where(size > 0, size, 1.0)
     b = start_vectors(d, rank, seed).to(scaled).expand(*scaled.shape[:-2], d, rank)
     for _ in range(codec.iterations):
-        a = orthonormalise(scaled @ orthonormalise(b))
+        a = orthonormalise(scaled @ b)
         b = scaled.mT @ a
     return a, b * size
 

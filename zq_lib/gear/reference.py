@@ -1,8 +1,8 @@
 """GEAR in plain torch, in the paper's order: the only ground truth, and the text to read first.
 
 Kang et al., "GEAR: An Efficient KV Cache Compression Recipe for Near-Lossless Generative Inference of LLM" (2024,
-arXiv 2403.05527), sections 2 and 3. Works in any float dtype (use float64 to check others against it), keeps everything dense,
-and uses an exact SVD where the library iterates.
+arXiv 2403.05527), sections 2 and 3. Works in any float dtype (use float64 to check others against it), keeps everything
+dense, and uses an exact SVD where the library iterates.
 
 | paper   | here       | shape        | meaning                                                        |
 | ------- | ---------- | ------------ | -------------------------------------------------------------- |

@@ -116,7 +116,7 @@ def steered_attention_forward(
         return stock(), None
     bias.calls[bias.layers[module]] = bias.calls.get(bias.layers[module], 0) + 1
     rows = rows_that_see(favoured, queries, attention_mask, causal)  # [B, T]
-    path = backend.choose(bias.backend, query.device, *_kernel_can(query, attention_mask, dropout))
+    path = backend.choose(bias.backend, query.device, *kernel_can(query, attention_mask, dropout))
     exact = query.dtype in (torch.float32, torch.float64)  # log(alpha) in bfloat16 would be another alpha
     if queries == 1 and path == "torch" and exact and bias.share is None and kwargs.get("position_bias") is None:
         # One query: a [B, H, 1, S] bias is no larger than the scores, and SDPA need not copy the keys.
@@ -145,7 +145,7 @@ def steered_attention_forward(
     return out, None
 
 
-def _kernel_can(q: Tensor, mask: Tensor | None, dropout: float) -> tuple[bool, str]:
+def kernel_can(q: Tensor, mask: Tensor | None, dropout: float) -> tuple[bool, str]:
     if dropout:
         return False, "attention dropout is not in the kernel; set attention_dropout to 0"
     if mask is not None and mask.dtype != torch.bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ class Choice:
     prefers: Tensor
     probability: Tensor
     top1: Tensor
+
+    @classmethod
+    def pooled(cls, choices: Sequence[Choice]) -> Choice:
+        """Several as one, in order."""
+        return cls(*(torch.cat([getattr(c, part.name) for c in choices]) for part in fields(cls)))
 
     def row(self, **label: object) -> Row:
         """One table row: ES with Wilson's 95 % interval, mean probability with its standard error, top-1."""

@@ -60,7 +60,8 @@ def conditions(
     with style():
         fig, axes = subplots(width=7.5, height=0.42 * len(rows) + 1.3)
         at = np.arange(len(rows))[::-1]
-        colours = [PALETTE["blue"] if "top" in n or "PASTA" in n else PALETTE["grey"] for n in names]
+        ours = [("top" in n or "PASTA" in n) and "random" not in n for n in names]
+        colours = [PALETTE["blue"] if mine else PALETTE["grey"] for mine in ours]
         low, high = f"{value}_low", f"{value}_high"
         if f"{value}_se" in rows[0]:
             axes.barh(at, values, 0.65, color=colours, xerr=[1.96 * r[f"{value}_se"] for r in rows], capsize=3)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zq_lib.core import models
@@ -26,8 +25,9 @@ from zq_lib.pasta.steering import attach
 
 ALPHAS = (1.0, 0.5, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 QUICK_PROBES, QUICK_ITEMS = 12, 24
-RANDOM_DRAWS = 5
+RANDOM_DRAWS = 10
 RANDOM = f"20 random heads ({RANDOM_DRAWS} draws)"
+LUCKY, LUCKLESS = "the draws with one of the ten best", "the draws without"
 OTHERS = f"20 random heads not in the top 40 ({RANDOM_DRAWS} draws)"
 
 
@@ -71,16 +71,17 @@ class _Bench:
         chosen = heads.heads if isinstance(heads, HeadProfile) else heads
         return attach(self.model, self.config, heads=chosen, **settings)
 
+    def ask(self, test: list[items.Item], heads: Heads | None, **how: Any) -> Choice:
+        """Ask every item with one head set steered."""
+        settings = {k: how.pop(k) for k in ("alpha", "protect") if k in how}
+        with self.steered(heads, **settings) as steering:
+            return forced_choice(self.model, self.tokenizer, test, steering, **how)
+
     def choose(self, test: list[items.Item], heads: Heads | list[dict] | None, label: Row, **how: Any) -> Row:
         """One row; several head sets, for example random draws, are pooled."""
-        settings = {k: how.pop(k) for k in ("alpha", "protect") if k in how}
         self.say(" ".join(map(str, label.values())))
-        said = []
-        for one in heads if isinstance(heads, list) else [heads]:
-            with self.steered(one, **settings) as steering:
-                said.append(forced_choice(self.model, self.tokenizer, test, steering, **how))
-        pooled = Choice(*(torch.cat([getattr(c, part) for c in said]) for part in ("prefers", "probability", "top1")))
-        return pooled.row(**label)
+        sets = heads if isinstance(heads, list) else [heads]
+        return Choice.pooled([self.ask(test, one, **how) for one in sets]).row(**label)
 
     def tell(self, prompts: list[str], heads: Heads | None, label: Row, marks: str | None = None, **settings: Any):  # noqa: ANN201
         self.say(" ".join(map(str, label.values())))
@@ -155,15 +156,27 @@ def _main(bench: _Bench) -> list[Row]:
             ("intersection of top 60", intersection(both, 60), {}),
             ("union of top 10", union(both, 10), {}),
             ("gradient top 20", quick[mine], {}),
-            (RANDOM, bench.random_heads(20, RANDOM_DRAWS), {}),
-            (OTHERS, bench.random_heads(20, RANDOM_DRAWS, without=own[mine].top(40)), {}),
             ("all heads", "all", {}),
+            (OTHERS, bench.random_heads(20, RANDOM_DRAWS, without=own[mine].top(40)), {}),
         ]
         for name, heads, how in conditions:
-            size = 0 if heads is None else 270 if heads == "all" else 20 if name in (RANDOM, OTHERS) else len(heads)
+            size = 0 if heads is None else 270 if heads == "all" else 20 if name == OTHERS else len(heads)
             label = {"task": task, "condition": name, "heads": size}
             rows.append(bench.choose(test, heads, label, paraphrase=task == "paraphrase", **how))
+        rows += _random(bench, task, test, set(own[mine].top(10).pairs))
     return rows
+
+
+def _random(bench: _Bench, task: str, test: list[items.Item], best: set[tuple[int, int]]) -> list[Row]:
+    """Plain random draws pooled, then split by whether a draw happens to hold one of the `best` heads."""
+    bench.say(f"{task} {RANDOM}")
+    draws = bench.random_heads(20, RANDOM_DRAWS)
+    said = [bench.ask(test, heads, paraphrase=task == "paraphrase") for heads in draws]
+    lucky = [any((layer, h) in best for layer, hs in heads.items() for h in hs) for heads in draws]
+    parts = {RANDOM: said}
+    for name, wanted in ((LUCKY, True), (LUCKLESS, False)):
+        parts[name] = [choice for choice, held in zip(said, lucky, strict=True) if held == wanted]
+    return [Choice.pooled(part).row(task=task, condition=name, heads=20) for name, part in parts.items() if part]
 
 
 def _alpha(bench: _Bench) -> list[Row]:

@@ -55,7 +55,7 @@ def attach(
     instead of `heads`. Returns a handle that is also a context manager; `detach()` leaves no trace.
 
     Raises ValueError, with the model as it was, for heads that do not exist, a profile of another model, a model
-    without attention layers and an attention implementation other than SDPA.
+    without attention layers or with soft-capped scores, and an attention implementation other than SDPA.
 
     >>> with pasta.attach(model) as steering:
     ...     prompt = pasta.encode(tokenizer, "Previously, ... *Currently, ...*")
@@ -74,6 +74,7 @@ class Steering:
     def __init__(self, model: PreTrainedModel, config: PastaConfig, profile: HeadProfile | None = None) -> None:
         self.model, self.config = model, config
         self._modules = attention_modules(model)
+        _refuse_soft_caps(model, self._modules)
         text = model.config.get_text_config()
         if profile is None and config.heads == "profile":
             profile = shipped_profile()
@@ -167,6 +168,16 @@ class Steering:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+
+def _refuse_soft_caps(model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
+    """The bias belongs after the cap, inside the attention function; SDPA knows no cap, and adding it is too late."""
+    for module in modules.values():
+        if cap := getattr(module, "attn_logit_softcapping", None):
+            raise ValueError(
+                f"model={type(model).__name__} soft-caps its attention scores (attn_logit_softcapping={cap:g}), which "
+                "SDPA cannot do, so it cannot be steered; use a model without such a cap, for example Gemma 3"
+            )
 
 
 def gates_for(
