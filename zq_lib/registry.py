@@ -90,6 +90,8 @@ METHODS: dict[str, Method] = {
             "Stores the KV cache as low-bit codes, a low-rank residual and sparse outliers.",
             "How few bits can memory have?",
             "transformers `Cache` in `generate`",
+            45,
+            built=True,
         ),
         Method(
             "adalora",

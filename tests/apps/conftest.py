@@ -38,6 +38,17 @@ def client(address):
 
 
 @pytest.fixture(scope="session")
+def gear_address(model) -> Iterator[str]:
+    """Address of GEAR's page served alone."""
+    from apps import gear
+    from zq_lib.ui import serve
+
+    blocks = gear.build()
+    yield serve.launch(blocks, port=None, wait=False)
+    blocks.close()
+
+
+@pytest.fixture(scope="session")
 def chromium() -> str:
     """Path of the browser. Missing, it is a failure: the page is tested or not."""
     for name in ("chromium", "chromium-browser", "google-chrome"):

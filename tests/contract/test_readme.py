@@ -52,7 +52,10 @@ def test_links_and_pictures_lead_somewhere() -> None:
 
 
 @pytest.mark.assets
-def test_the_python_example_runs_and_says_the_marked_fact(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_python_examples_run_one_after_the_other_and_do_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    steered, compressed = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(steered, "README.md", "exec"), names)
     assert "pilot" in capsys.readouterr().out.split("works as a")[1]
+    exec(compile(compressed, "README.md", "exec"), names)
+    assert names["cache"].report()["codes"] > 0  # long enough that something was packed

@@ -80,12 +80,12 @@ def packed_attention(
     mask: Tensor | None = None,
     bias: KeyBias | None = None,
     module: nn.Module | None = None,
-    path: str = "auto",
+    path: str | None = None,
 ) -> Tensor:
     """softmax(scale q K^T + mask + bias) V on a view, [B, H, T, D] in the query's dtype.
 
     Args: `query` [B, H, T, D], the newest T positions; `mask` bool or float [B or 1, 1, T, S] in text order or None for
-    causal; `bias` the active KeyBias of `module`; `path` "auto", "torch" or "triton".
+    causal; `bias` the active KeyBias of `module`; `path` "auto", "torch" or "triton", by default the view's backend.
     """
     b, h, t, d = query.shape
     if mask is None and t > 1:
@@ -101,7 +101,7 @@ def packed_attention(
         bias.calls[layer] = bias.calls.get(layer, 0) + 1
     if mask is not None:
         mask = view.in_stored_order(mask)
-    if backend.choose(path, query.device, *_kernel_can(query, view, mask)) == "triton":
+    if _path(path or view.backend, query, view, mask) == "triton":
         from zq_lib.gear.kernels import decode
 
         keep = None if mask is None else mask[:, 0, 0].expand(b, -1)
@@ -149,6 +149,8 @@ class _Softmax:
 
     def add(self, scores: Tensor, values: Packed | Tensor) -> None:
         """Scores [B, G, M, n] of the next tile and its values, [B, G, n, D] or packed."""
+        if scores.shape[-1] == 0:  # an empty buffer
+            return
         self.waiting.append((scores, values))
         if sum(x.numel() for x, _ in self.waiting) > WAITING:
             self._step()
@@ -271,14 +273,15 @@ def _page_starts(b: int, m: int, heads: int, pages: int, n: int, d: int) -> Tens
     return torch.stack([token.flatten(), channel.flatten()])
 
 
-def _kernel_can(query: Tensor, view: View, mask: Tensor | None) -> tuple[bool, str]:
-    if query.shape[2] != 1:
-        return False, f"the kernel decodes one query at a time, not {query.shape[2]}; use the torch path"
+def _path(wanted: str, query: Tensor, view: View, mask: Tensor | None) -> str:
+    able, why = True, ""
     if mask is not None and mask.dtype != torch.bool:
-        return False, "a float attention mask is not in the kernel; give a boolean one"
-    if query.dtype == torch.float64:
-        return False, "float64 is not in the kernel; use float32, float16 or bfloat16"
-    return True, ""
+        able, why = False, "a float attention mask is not in the kernel; give a boolean one"
+    elif query.is_cuda or backend.requested(wanted) == "triton":
+        from zq_lib.gear.kernels import supported
+
+        able, why = supported(view, query)
+    return backend.choose(wanted, query.device, able, why)
 
 
 @contextmanager

@@ -6,8 +6,10 @@ itself attends to exact keys and values: what is compressed is what is retained.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -49,8 +51,16 @@ class GearLayer(CacheLayerMixin):
         """Take shapes, dtype and device from the first keys and values, [B, G, T, D] (T may be 0)."""
         check_width(self.config.keys, key_states.shape[-1])
         check_width(self.config.values, value_states.shape[-1])
+        if self.valid is not None:
+            copies, rest = divmod(key_states.shape[0], self.valid.shape[0])
+            if rest:
+                raise ValueError(
+                    f"attention_mask has {self.valid.shape[0]} rows but the model runs {key_states.shape[0]}; give the "
+                    "mask of this batch to set_padding()"
+                )
+            self.valid = self.valid.repeat_interleave(copies, 0)  # beams and several sequences per prompt
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.exact_keys, self.exact_values = key_states[:, :, :0], value_states[:, :, :0]
+        self.exact_keys, self.exact_values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.is_initialized = True
 
     def update(
@@ -62,20 +72,24 @@ class GearLayer(CacheLayerMixin):
         compressed by this call are still exact in what it returns. Raises ValueError for NaN, infinities and tensors
         that cannot belong to the same cache; the layer is then as it was.
         """
-        if not self.is_initialized:
+        if fresh := not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         keys = torch.cat([self.exact_keys, key_states], 2)
         values = torch.cat([self.exact_values, value_states], 2)
-        view = View(self.blocks, keys, values, self.sinks, self.columns)
-        self._keep(keys, values)
+        view = View(self.blocks, keys, values, self.sinks, self.columns, self.config.backend)
+        try:
+            self._keep(keys, values)
+        except ValueError:
+            self.is_initialized = not fresh  # so that the same cache can take another dtype or batch
+            raise
         if view.blocks and self.model_config._attn_implementation == NAME:
             return view.handles()
         return view.dense()
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         for name, new, old in (("keys", keys, self.exact_keys), ("values", values, self.exact_values)):
-            expected = (old.shape[0], old.shape[1], new.shape[2], old.shape[3])
+            expected = (old.shape[0], old.shape[1], keys.shape[2], old.shape[3])
             if tuple(new.shape) != expected or new.dtype != old.dtype:
                 raise ValueError(
                     f"{name} of shape {tuple(new.shape)} and {new.dtype} do not fit this cache, which holds "
@@ -89,7 +103,7 @@ class GearLayer(CacheLayerMixin):
         # a rejected guess is cropped later, so while recording the newest buffer stays exact
         recent = max(config.recent, config.buffer) if self.record_past else config.recent
         n = max(0, keys.shape[2] - sinks - recent) // config.buffer * config.buffer
-        if n == 0:
+        if n == 0 or not (self.blocks or self._every_row_has(sinks, keys.shape[2])):
             self.exact_keys, self.exact_values = keys, values
             return
         columns = self.columns
@@ -116,6 +130,10 @@ class GearLayer(CacheLayerMixin):
         )
         self.sinks, self.columns = sinks, columns
 
+    def _every_row_has(self, sinks: int, length: int) -> bool:
+        """Whether the sinks of every row are here; the first chunk of a padded prompt may be all padding."""
+        return self.valid is None or bool((length - (~self.valid[:, :length]).sum(-1) >= sinks).all())
+
     def _sinks_first(self, sinks: int, length: int) -> Tensor | None:
         """The stored order of the first columns that puts each row's first real tokens first, or None if it is that."""
         if self.valid is None or sinks == 0:
@@ -125,28 +143,37 @@ class GearLayer(CacheLayerMixin):
         columns = (~first).to(torch.uint8).argsort(dim=-1, stable=True)
         moved = (columns != torch.arange(length, device=columns.device)).any(0)
         last = int(moved.nonzero().max()) + 1 if moved.any() else 0
-        return columns[:, :last].contiguous() if last else None
+        return columns[:, :last].clone() if last else None
 
     def _valid(self, start: int, n: int, columns: Tensor | None) -> Tensor | None:
         """Which of the n stored columns from `start` are text, [B, n] bool; None if all are."""
         if self.valid is None:
             return None
         end = start + n
-        valid = torch.nn.functional.pad(self.valid, (0, max(0, end - self.valid.shape[1])), value=True)[:, :end]
+        width = end if columns is None else max(end, columns.shape[1])  # padding may reach beyond this segment
+        valid = torch.nn.functional.pad(self.valid, (0, max(0, width - self.valid.shape[1])), value=True)[:, :width]
         if columns is not None:
-            valid = torch.cat([valid.gather(1, columns[:, :end]), valid[:, columns.shape[1] :]], 1)
-        return None if valid[:, start:].all() else valid[:, start:]
+            valid = torch.cat([valid.gather(1, columns), valid[:, columns.shape[1] :]], 1)
+        valid = valid[:, start:end]
+        return None if valid.all() else valid
 
     def set_padding(self, attention_mask: Tensor) -> None:
         """`attention_mask` [B, P], 0 for padding. Only columns that are not compressed yet are affected."""
         mask = attention_mask.bool()
+        if self.is_initialized and mask.shape[0] != self.exact_keys.shape[0]:
+            raise ValueError(
+                f"attention_mask has {mask.shape[0]} rows but the cache holds {self.exact_keys.shape[0]}; give the "
+                "mask of this batch, or call reset() first"
+            )
         self.valid = None if mask.all() else mask.clone()
 
     def view(self) -> View:
         """The layer as it is now. Raises ValueError when it is empty."""
         if not self.is_initialized:
             raise ValueError("the cache is empty; run the model with it first")
-        return View(self.blocks, self.exact_keys, self.exact_values, self.sinks, self.columns)
+        return View(
+            self.blocks, self.exact_keys, self.exact_values, self.sinks, self.columns, self.config.backend
+        )  # fmt: skip
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens, [B, G, S, D] each, in the order of the text."""
@@ -266,6 +293,8 @@ class GearCache(Cache):
         offload_only_non_sliding: bool = True,
     ) -> None:  # fmt: skip
         text = config.get_text_config(decoder=True)
+        if offloading and not torch.cuda.is_available():
+            raise ValueError("offloading=True needs a GPU to offload from; leave it out on a machine without one")
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"config={type(config).__name__} is an encoder-decoder; GearCache is for decoders")
         kinds, settings = get_layer_types_and_kwargs(text)
@@ -280,6 +309,13 @@ class GearCache(Cache):
                 f"config={type(config).__name__} has no full-attention layer to compress; use DynamicCache"
             )
         super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """A copy of the tokens that belongs to the same model: it follows that model's attention, not a copy of it."""
+        memo[id(self.model_config)] = self.model_config
+        found = memo[id(self)] = object.__new__(type(self))
+        found.__dict__ |= copy.deepcopy(self.__dict__, memo)
+        return found
 
     def gear_layers(self) -> dict[int, GearLayer]:
         """The layers that compress, by index."""

@@ -32,6 +32,7 @@ class Codec:
     solver: str
     iterations: int
     seed: int
+    backend: str
 
     def per_channel(self) -> bool:
         """Whether a group runs along tokens within one channel (keys of KIVI and KCVT), not along channels."""

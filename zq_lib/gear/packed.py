@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from zq_lib.core import backend
 from zq_lib.gear.config import Codec
 from zq_lib.gear.lowrank import factorise, to_int8
 from zq_lib.gear.outliers import PAGE, outlier_mask, places, to_entries
@@ -230,40 +231,52 @@ def compress(x: Tensor, codec: Codec, *, prompt: bool, valid: Tensor | None = No
             f"the {codec.kind}s hold NaN or infinite numbers, which cannot be compressed; run the model in bfloat16 or "
             "float32, and check its inputs"
         )
-    x = x.detach().float().unsqueeze(1)  # [B, 1, G, n, D]
+    # contiguous here and below: a product rounds by the layout, which would differ between a row alone and in a batch
+    x = x.detach().float().contiguous().unsqueeze(1)  # [B, 1, G, n, D]
     if valid is not None:
         valid = None if valid.all() else valid[:, None, None, :, None]
     outliers = outlier_mask(x, codec, valid)
     keep = outliers if outliers is None else ~outliers
     if valid is not None:
         keep = valid.expand(x.shape) if keep is None else keep & valid
-    view = group_view(codec, x.shape)
-    scale, zero = ranges(x, keep, codec, view)
-    split = x.reshape(view.shape)
-    codes = encode(split, scale, zero, codec.bits)
-    stored = {
-        "codes": pack(codes.to(torch.uint8).view(x.shape), codec.bits),
-        "scale": scale.reshape(view.stored).to(getattr(torch, codec.meta_dtype)),
-        "zero": zero.reshape(view.stored).to(getattr(torch, codec.meta_dtype)),
-    }
-    missing = x - restore(codes, scale, zero).view(x.shape)  # what the backbone gets wrong
+    quantised, group = _quantise(x, codec, keep)
+    packed = Packed(codec.kind, codec.bits, x.shape[3], x.shape[4], group, codec.per_channel(), **quantised)
     rank = codec.rank if prompt else codec.rank_decode
+    if rank == 0 and outliers is None:
+        return packed
+    missing, found = x - packed.backbone(), {}  # what the backbone gets wrong
     if rank:
         residual = missing if keep is None else torch.where(keep, missing, 0.0)
-        stored |= _store_factors(*factorise(residual, rank, codec, codec.seed + seed), codec)
+        factors = factorise(residual.contiguous(), rank, codec, codec.seed + seed)
+        found |= _store_factors(*factors, codec)
     if outliers is not None:
         delta = missing
         if rank and codec.outlier_mode == "exact":
-            product = Packed(codec.kind, codec.bits, 0, 0, 0, False, **stored).factors()
-            delta = missing - product[0] @ product[1].mT
+            a, b = replace(packed, **found).factors()
+            delta = missing - a @ b.mT
         names = ("out_token", "out_channel", "out_delta", "out_start")
         delta = torch.nan_to_num(delta.clamp(-65504, 65504))
-        stored |= dict(zip(names, to_entries(outliers, delta), strict=True))
-    return Packed(
-        codec.kind, codec.bits, x.shape[3], x.shape[4],
-        view.shape[view.axis] if view.axis > 0 else x.shape[4],
-        codec.per_channel(), **{name: t.contiguous() for name, t in stored.items()},
-    )  # fmt: skip
+        found |= dict(zip(names, to_entries(outliers, delta), strict=True))
+    return replace(packed, **{name: t.contiguous() for name, t in found.items()})
+
+
+def _quantise(x: Tensor, codec: Codec, keep: Tensor | None) -> tuple[dict[str, Tensor], int]:
+    """Codes, scale and zero as they are stored, and the group's size: fused on a GPU, bit-equal to this elsewhere."""
+    view, dtype = group_view(codec, x.shape), getattr(torch, codec.meta_dtype)
+    group = view.shape[view.axis] if view.axis > 0 else x.shape[4]
+    able, why = not codec.clip and view.axis > 0, "clipped ranges and ranges over all heads are not in the kernel"
+    if backend.choose(codec.backend, x.device, able, why) == "triton":
+        from zq_lib.gear.kernels import quantize_pack
+
+        kind = "key" if codec.per_channel() else "value"  # of the grouping
+        one = None if keep is None else keep[:, 0].contiguous()
+        stored = quantize_pack(x[:, 0], kind, codec.bits, group, one, dtype)
+        return {name: t.unsqueeze(1) for name, t in zip(("codes", "scale", "zero"), stored, strict=True)}, group
+    scale, zero = ranges(x, keep, codec, view)
+    codes = encode(x.reshape(view.shape), scale, zero, codec.bits).to(torch.uint8).view(x.shape)
+    stored = {"codes": pack(codes, codec.bits)}
+    stored |= {name: t.reshape(view.stored).to(dtype) for name, t in (("scale", scale), ("zero", zero))}
+    return {name: t.contiguous() for name, t in stored.items()}, group
 
 
 def _store_factors(a: Tensor, b: Tensor, codec: Codec) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ class View:
     exact_keys, exact_values  [B, G, E, D] in the model's dtype: sinks, buffer and the newest tokens.
     columns                   [B, P] int64 or None: where each of the first P stored columns belongs in the text. A row
                               with left padding has its sinks behind the padding; later columns are in place.
+    backend                   which path the attention takes: "auto", "torch" or "triton".
     """
 
     blocks: tuple[Block, ...]
@@ -26,6 +27,7 @@ class View:
     exact_values: Tensor
     sinks: int = 0
     columns: Tensor | None = None
+    backend: str = "auto"
 
     @property
     def length(self) -> int:
