@@ -185,7 +185,7 @@ def build() -> gr.Blocks:
         outputs = [notice, words, state, *controls, *seen]
         example.input(show, example, outputs, queue=False, **private)
         gr.api(steer, api_name="steer", **serve.ONE_AT_A_TIME)
-        gr.api(examples, api_name="examples", queue=False)
+        gr.api(examples, api_name="pasta_examples", queue=False)
     return blocks
 
 

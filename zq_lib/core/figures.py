@@ -10,6 +10,7 @@ import html
 import io
 import math
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ _STYLE: dict[str, Any] = {
 }
 
 
+_DRAWING = threading.RLock()  # the settings are matplotlib's own, one set for all threads
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Draw in the project's style, whatever the reader's own matplotlib settings are; they come back afterwards.
@@ -70,7 +74,7 @@ def style() -> Iterator[None]:
             fig, axes = subplots()
             axes.plot(...)
     """
-    with matplotlib.style.context(["default", _STYLE]):
+    with _DRAWING, matplotlib.style.context(["default", _STYLE]):
         yield
 
 
