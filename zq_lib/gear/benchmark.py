@@ -199,7 +199,7 @@ def _status(key: str) -> int:
 def planner(say: Say) -> dict[str, list[Row]]:
     """Plans at two budgets, made on one text and judged on the three others, against one setting for all layers.
 
-    Besides the plan by attention-output error, every layer's choice is listed with its reason.
+    The second table is every layer's choice with its reason.
     """
     model, tokenizer = models.load()
     found = measure.texts(tokenizer, 1024)
@@ -208,7 +208,7 @@ def planner(say: Say) -> dict[str, list[Row]]:
     plans = {}
     for bits in same:
         say(f"planner: {bits} bits")
-        plans[bits] = plan(model, calibration, bits=bits)
+        plans[bits] = plan(model, calibration, bits=bits, tokens=measure.PROMPT)
     judged = []
     for text, ids in found.items():
         expected = measure.full_precision(model, ids)

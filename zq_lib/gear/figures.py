@@ -261,7 +261,7 @@ def stream(rows: Sequence[Row], tokens: int) -> Figure:
             at += n
         last = rows[-1]
         strip.set_xlim(0, last["tokens"])
-        strip.set_ylim(-0.5, 1.7)
+        strip.set_ylim(-0.5, 1.3)
         strip.set_yticks([])
         strip.spines["left"].set_visible(False)
         strip.set_title(f"{sum(now['segments'])} of {tokens} tokens are packed")

@@ -189,8 +189,8 @@ def _tile(query: Tensor, block: Block) -> int:
 
 
 def _settings(query: Tensor, block: Block) -> Settings:
-    outliers = block.keys.out_delta is not None or block.values.out_delta is not None
-    return settings("outliers" if outliers else "packed", query.dtype, query.shape[-1])
+    parts = any(part is not None for side in (block.keys, block.values) for part in (side.left, side.out_delta))
+    return settings("parts" if parts else "packed", query.dtype, query.shape[-1])
 
 
 def _group(keys: Packed) -> int:

@@ -79,7 +79,7 @@ def specs() -> list[KernelSpec]:
 
 def _packed(variant: Variant) -> KernelSpec:
     """The specialisation of `packed` that a launch on a block of this kind ends up with."""
-    launch = settings("outliers" if "outliers" in variant.parts else "packed", variant.dtype, variant.width)
+    launch = settings("parts" if variant.parts else "packed", variant.dtype, variant.width)
     rank = 4 if "low rank" in variant.parts else 0
     side = columns(rank, variant.dtype)
     constants: dict[str, Any] = dict(

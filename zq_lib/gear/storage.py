@@ -44,7 +44,7 @@ def save(cache: GearCache, path: str | Path) -> None:
     layers = []
     for i, layer in enumerate(cache.layers):
         about, found = _take_apart(i, layer)
-        layers.append(about)
+        layers.append(about | {"config": asdict(cache.gear[i])})
         tensors |= {f"{i}.{name}": x.detach().cpu().contiguous() for name, x in found.items()}
     about = json.dumps(
         {"format": FORMAT, "model": fingerprint(cache.model_config), "layers": layers}, sort_keys=True, allow_nan=False
@@ -75,13 +75,13 @@ def load(path: str | Path, config: PretrainedConfig, device: str | torch.device 
             f"path={str(path)!r} was saved for a model with {name}={expected.get(name)!r}, not {here.get(name)!r}; "
             "load it with the config of the model that made it"
         )
-    kept_configs = [layer.get("config", {}) for layer in about["layers"]]
-    if unknown := sorted(set().union(*kept_configs) - {f.name for f in fields(GearConfig)}):
+    gear = [layer["config"] for layer in about["layers"]]
+    if unknown := sorted(set().union(*gear) - {f.name for f in fields(GearConfig)}):
         raise ValueError(
             f"path={str(path)!r} has settings that this version of zq_lib does not know, {', '.join(unknown)}; load it "
             "with the version that wrote it"
         )
-    cache = GearCache(config, [GearConfig(**settings) for settings in kept_configs])
+    cache = GearCache(config, [GearConfig(**settings) for settings in gear])
     for i, (layer, kept) in enumerate(zip(cache.layers, about["layers"], strict=True)):
         here = _kind(layer)
         if here != kept["kind"]:
@@ -118,7 +118,7 @@ def _take_apart(index: int, layer: CacheLayerMixin) -> tuple[dict[str, Any], dic
     about: dict[str, Any] = {"kind": _kind(layer), "record_past": getattr(layer, "record_past", False)}
     found: dict[str, Tensor] = {}
     if isinstance(layer, GearLayer):
-        about |= {"config": asdict(layer.config), "sinks": layer.sinks, "blocks": []}
+        about |= {"sinks": layer.sinks, "blocks": []}
         for j, block in enumerate(layer.blocks):
             sides = {"keys": block.keys, "values": block.values}
             about["blocks"].append(
