@@ -41,7 +41,7 @@ class Settings:
 LAUNCH: dict[tuple[str, bool, int], Settings] = {
     ("packed", True, 128): Settings(64, 32, 4, 2),
     ("packed", True, 256): Settings(32, 32, 4, 2),
-    ("parts", True, 256): Settings(32, 64, 4, 2),
+    ("parts", True, 256): Settings(32, 32, 4, 2),
     ("parts", False, 256): Settings(16, 16, 4, 1),
     ("packed", False, 256): Settings(16, 16, 4, 1),
     ("exact", True, 128): Settings(64, 0, 4, 2),

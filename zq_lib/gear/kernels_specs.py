@@ -45,8 +45,9 @@ class Variant:
 VARIANTS = (
     Variant("2 bits"),
     Variant("GEAR-L", parts=("low rank",)),
+    Variant("GEAR-L mask", parts=("low rank",), masked=True),
     Variant("GEAR", parts=("low rank", "outliers")),
-    Variant("GEAR page", parts=("low rank", "outliers"), whole=True, masked=True),
+    Variant("GEAR page", parts=("low rank", "outliers"), whole=True),
     Variant("3 bits", width=64, bits=(3, 3), value_groups=1),
     Variant("KCVT 4 bits", bits=(4, 4), whole=True, value_groups=1, parts=("low rank", "int8")),
     Variant("8 bits", dtype=torch.bfloat16, bits=(8, 8), meta="fp32"),
