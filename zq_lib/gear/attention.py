@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -218,13 +217,12 @@ def key_scores(q: Tensor, keys: Packed) -> Tensor:
         scores = (scores * scale.mT.unsqueeze(4)).sum(3) + split.sum(-1) @ zero.mT  # [B, m, G, C, M, n], summed over C
     if (found := keys.factors()) is not None:
         scores = scores + (one @ found[1]) @ found[0].mT
-    scores = scores.permute(0, 2, 3, 1, 4).reshape(b, heads, rows, m * n)
     if keys.out_delta is not None:
-        token, channel = _entries(keys)
-        met = q.mT.reshape(-1, rows).index_select(0, channel) * keys.out_delta.reshape(-1, 1)  # [B m N, M]
-        sparse = q.new_zeros(b * heads * m * n, rows).index_add_(0, token, met)
-        scores = scores + sparse.view(b, heads, m * n, rows).mT
-    return scores
+        token, channel, size = _entries(keys)
+        met = one.expand(b, m, heads, rows, d).mT.reshape(-1, rows).index_select(0, channel)  # [B m N, M]
+        sparse = q.new_zeros(size, rows).index_add_(0, token, met * keys.out_delta.reshape(-1, 1))
+        scores = scores + sparse.view(b, m, heads, -1, rows)[:, :, :, :n].mT
+    return scores.permute(0, 2, 3, 1, 4).reshape(b, heads, rows, m * n)
 
 
 def mix_values(p: Tensor, values: Packed) -> Tensor:
@@ -242,35 +240,26 @@ def mix_values(p: Tensor, values: Packed) -> Tensor:
     out = mixed.transpose(3, 4).flatten(4)  # [B, m, G, C, M, w] -> [B, m, G, M, D]
     if (found := values.factors()) is not None:
         out = out + (split @ found[0]) @ found[1].mT
-    out = out.sum(1) if m > 1 else out[:, 0]
     if values.out_delta is not None:
-        token, channel = _entries(values)
-        met = p.mT.reshape(-1, rows).index_select(0, token) * values.out_delta.reshape(-1, 1)  # [B m N, M]
-        sparse = p.new_zeros(b * heads * d, rows).index_add_(0, channel, met)
-        out = out + sparse.view(b, heads, d, rows).mT
-    return out
+        token, channel, size = _entries(values)
+        padded = torch.nn.functional.pad(split, (0, size // (b * m * heads) - n)).mT.reshape(-1, rows)
+        met = padded.index_select(0, token) * values.out_delta.reshape(-1, 1)  # [B m N, M]
+        sparse = p.new_zeros(b * m * heads * d, rows).index_add_(0, channel, met)
+        out = out + sparse.view(b, m, heads, d, rows).mT
+    return out.sum(1) if m > 1 else out[:, 0]
 
 
-def _entries(packed: Packed) -> tuple[Tensor, Tensor]:
-    """Of every outlier: where its token is among [B, G, m, n] and its channel among [B, G, D]; [B m N] int64 each."""
-    b, heads, m, n, d = packed.codes.shape[0], packed.heads, packed.count, packed.tokens, packed.width
-    pages = -(-n // PAGE)
-    # per page of a head and segment, in the order of the lists: first token, and first channel
-    pairs = _page_starts(b, m, heads, pages, n, d).to(packed.codes.device)
-    counts = packed.out_start.diff(dim=-1).flatten()
-    token, channel = pairs.repeat_interleave(counts, 1)
-    return token + packed.out_token.flatten(), channel + packed.out_channel.flatten()
-
-
-@lru_cache(maxsize=64)
-def _page_starts(b: int, m: int, heads: int, pages: int, n: int, d: int) -> Tensor:
-    row, segment, head, page = (
-        torch.arange(size).view([-1 if i == axis else 1 for i in range(4)])
-        for axis, size in enumerate((b, m, heads, pages))
+def _entries(packed: Packed) -> tuple[Tensor, Tensor, int]:
+    """Of every outlier: where its token is among [B, m, G, pages * PAGE] and its channel among [B, m, G, D], as
+    [B m N] int64 each; and how many tokens those are."""
+    pages = -(-packed.tokens // PAGE)
+    counts = packed.out_start.diff(dim=-1).flatten()  # entries of every page, in the order of the lists
+    page = torch.repeat_interleave(counts, output_size=packed.out_delta.numel()).long()
+    return (
+        page * PAGE + packed.out_token.flatten(),
+        page // pages * packed.width + packed.out_channel.flatten(),
+        len(counts) * PAGE,
     )
-    token = ((row * heads + head) * m + segment) * n + page * PAGE
-    channel = ((row * heads + head) * d).expand(token.shape)
-    return torch.stack([token.flatten(), channel.flatten()])
 
 
 def _path(wanted: str, query: Tensor, view: View, mask: Tensor | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -126,7 +127,9 @@ def memory(say: Say) -> list[Row]:
             continue
         say(f"memory: {row['cache']}, {row['read']}, {row['bits']} bits")
         asked = [sys.executable, "-m", "zq_lib.gear.benchmark", json.dumps(row)]
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        # large tensors then go back to the system when they are freed, so that the peak is what is in use
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"measuring {row['cache']} failed: {done.stderr.strip().splitlines()[-1]}")
         rows.append({**row, "tokens": MEMORY_LENGTH, **json.loads(done.stdout)})
