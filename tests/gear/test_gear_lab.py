@@ -155,3 +155,11 @@ def test_a_plan_is_judged_on_texts_outside_its_calibration_beside_how_many_were_
         assert row["calibration"] == "technical" and row["candidates"] == 29
         assert row["bits"] <= row["bits_against"]
     assert len(results("gear_plan")) == 60 and all(r["why"] for r in results("gear_plan"))
+
+
+def test_decoding_packed_peaks_below_transformers_quantised_cache_at_the_same_bits() -> None:
+    peak = {(r["cache"], r["read"], r["bits"]): r["peak_mb"] for r in results("gear_memory")}
+    for name, bits in (("plain 2 bit", 2), ("near_lossless", 4)):
+        theirs = [v for (cache, _, b), v in peak.items() if cache.startswith("QuantizedCache") and b == bits]
+        assert len(theirs) == 2 and peak[name, "packed", bits] < min(peak[name, "restored", bits], *theirs)
+    assert max(v for k, v in peak.items() if k[0] != "DynamicCache") < peak["DynamicCache", "dense", 32] / 3
