@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Triplets(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class Adapted(nn.Module):
+class Adapted(nn.Module, ABC):
     """A layer with adapters around it. Attributes that it does not have are those of the layer."""
 
     def __init__(self, base: nn.Module) -> None:
@@ -85,13 +86,13 @@ class Adapted(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     @staticmethod
+    @abstractmethod
     def size(base: nn.Module) -> tuple[int, int]:
         """Outputs N and inputs K of the layer's weight, seen as a matrix."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, adapter: Triplets, x: Tensor, out: Tensor) -> Tensor:
         """`out` plus what `adapter` adds for the layer's input `x`."""
-        raise NotImplementedError
 
     def as_weight(self, delta: Tensor) -> Tensor:
         """A change [N, K] in the layout of the layer's weight."""
