@@ -57,6 +57,38 @@ def chromium() -> str:
     pytest.fail("the browser test needs Chromium; install it with: apt-get install chromium")
 
 
+FLAGS = (
+    "--no-sandbox --headless --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
+    "--no-first-run"
+).split()
+SLOW = 120_000  # milliseconds; a page usually takes two seconds, an answer five, more beside other tests
+
+
+@pytest.fixture(scope="module")
+def browser(chromium) -> Iterator[object]:
+    """A running Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser):
+    """An empty page of 1280 x 720 pixels that fails the test if its scripts fail."""
+    context = browser.new_context(viewport={"width": 1280, "height": 720})
+    context.set_default_timeout(SLOW)
+    made = context.new_page()
+    problems: list[str] = []
+    made.on("pageerror", lambda error: problems.append(str(error)))
+    made.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    yield made
+    context.close()
+    assert not problems
+
+
 @pytest.fixture(scope="session")
 def same_numbers():
     """Asserts that two JSON trees are equal, floats to three significant digits."""

@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.browser
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
-FLAGS = (
-    "--no-sandbox --headless --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-    "--no-first-run"
-).split()
 SLOW = 120_000  # milliseconds; a run takes five seconds, more beside other tests
 TYPED = " <img src=x onerror=\"document.title='broken'\"> <b>Ben</b> ${7+7} {{7+7}}"
 
 
-@pytest.fixture(scope="module")
-def browser(chromium) -> Iterator[object]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield running
-        running.close()
-
-
 @pytest.fixture
-def page(browser, gear_address):
-    """GEAR's page in 1280 x 720 pixels; it fails the test if its scripts fail."""
-    context = browser.new_context(viewport={"width": 1280, "height": 720})
-    context.set_default_timeout(SLOW)
-    made = context.new_page()
-    problems: list[str] = []
-    made.on("pageerror", lambda error: problems.append(str(error)))
-    made.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-    _open(made, gear_address)
-    yield made
-    context.close()
-    assert not problems
+def page(page, gear_address):
+    """GEAR's page."""
+    _open(page, gear_address)
+    return page
 
 
 def _open(page, url: str) -> None:
