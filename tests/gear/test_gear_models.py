@@ -10,7 +10,7 @@ from gear_cases import ARCHITECTURES, FULL, LOSSLESS, assert_same, error, frozen
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from zq_lib.gear import GearCache, GearConfig, attend_packed
+from zq_lib.gear import GearCache, GearConfig, attend_packed, attention
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
 each_path = pytest.mark.parametrize("packed", [False, True], ids=["restored", "packed"])
@@ -49,6 +49,20 @@ def test_greedy_tokens_equal_those_of_a_dense_cache_when_nothing_is_lost(arch: s
     mine, dense, cache = both(tiny(arch), packed, input_ids=ids(2, 30))
     assert torch.equal(mine, dense)
     assert sum(b.length for b in cache.gear_layers()[1 if arch == "gemma3" else 0].blocks) == 32
+
+
+def test_a_short_cache_is_read_as_one_tile_by_the_models_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = tiny("llama"), ids(2, 60)
+    read = []
+    tilewise = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", lambda *a, **k: read.append(1) or tilewise(*a, **k))
+    tokens = {}
+    for short in (0, 10_000):
+        monkeypatch.setattr(attention, "SHORT", short)
+        read.clear()
+        tokens[short] = generated(model, GearCache(model.config, FULL), True, input_ids=prompt)
+        assert bool(read) == (short == 0)
+    assert torch.equal(tokens[0], tokens[10_000])
 
 
 @pytest.mark.parametrize(

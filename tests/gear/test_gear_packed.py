@@ -115,6 +115,24 @@ def test_the_parts_add_up_to_what_is_restored(settings: dict, kind: str) -> None
     assert torch.allclose(block.dequantize(), rebuilt[:, 0], atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_a_segment_cut_into_buffers_holds_the_same(kind: str, bits: int) -> None:
+    whole = packed(normal(2, 3, 128, 32), kind, bits=bits, outliers=0.0, rank=0, group=16)
+    assert whole.can_be_cut(32)
+    pieces = whole.cut(32)
+    assert (pieces.count, pieces.tokens) == (4, 32)
+    assert torch.equal(pieces.dequantize(), whole.dequantize())
+    assert pieces.nbytes() == whole.nbytes()
+
+
+@pytest.mark.parametrize("settings", [{"rank": 2}, {"outliers": 0.1}, {"scheme": "kcvt"}])
+def test_a_segment_with_parts_of_its_own_is_not_cut(settings: dict) -> None:
+    x = normal(1, 2, 64, 16)
+    whole = Block(*(packed(x, kind, **{"outliers": 0.0, "rank": 0, **settings}) for kind in ("key", "value")), 64)
+    assert whole.cut(16) is whole
+
+
 @pytest.mark.parametrize("settings", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("kind", ["key", "value"])
 def test_hard_numbers_give_no_nan(settings: dict, kind: str) -> None:

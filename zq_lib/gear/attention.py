@@ -1,12 +1,7 @@
-"""Attention straight on the packed form: no key or value is ever restored as a whole.
+"""Attention straight on the packed form: keys and values are restored one tile at a time and never as a whole.
 
-With x = code * scale + zero + A B^T + delta, a dot product splits into
-
-    q . k_t = (q * scale) . code_t + q . zero + (q B) . A_t + sum over outliers of q_c delta
-    sum_t p_t v_t = (p * scale) code + p zero + (p A) B^T + sum over outliers of p_t delta
-
-so codes enter as small whole numbers and scales meet the query or the probabilities. Keys are taken tile by tile with
-an online softmax; the working set is one tile. Where Triton runs on a GPU, `kernels.py` does the same in one launch.
+Tiles of keys meet the queries in an online softmax. Where Triton runs on a GPU, `kernels.py` does the same in one
+launch and restores nothing but registers.
 """
 
 from __future__ import annotations
@@ -32,10 +27,10 @@ from zq_lib.core.attach import (
 from zq_lib.gear.cache import GearCache
 from zq_lib.gear.outliers import PAGE
 from zq_lib.gear.packed import Block, Packed
-from zq_lib.gear.packing import unpack
 from zq_lib.gear.view import NAME, View, view_of
 
 TILE = 1024  # tokens restored at a time; measured: shorter tiles cost more calls, longer ones more memory
+SHORT = 2 * TILE  # a cache of up to this many tokens is one tile, and then the model's own attention is faster
 WAITING = 2**18  # scores (a megabyte) that may wait for one step of the softmax
 
 
@@ -55,9 +50,11 @@ def gear_attention_forward(
         )
     bias = active_bias(module)
     special = bias is not None and (bias.share is not None or bias.record is not None)
+    short = view is not None and view.length <= SHORT and _path(view.backend, query, view, None) == "torch"
     if (
         view is None
         or special
+        or short
         or dropout
         or any(kwargs.get(k) is not None for k in ("position_bias", "softcap", "s_aux"))
     ):
@@ -130,7 +127,8 @@ def packed_attention(
     column = sinks
     for block in view.blocks:
         for packed_keys, packed_values, length in tiles(block):
-            total.add(extra(key_scores(q, packed_keys)[..., :length], column), packed_values)
+            scores = q @ packed_keys.dequantize()[:, :, :length].mT
+            total.add(extra(scores, column), packed_values)
             column += length
     total.add(extra(q @ keys[:, :, sinks:].mT, column), values[:, :, sinks:])
     return total.result().view(b, h, t, -1).to(query.dtype)
@@ -164,7 +162,9 @@ class _Softmax:
         p = (scores - finite).exp_()
         weight, mixed = p.sum(-1, keepdim=True), None
         for part, (_, values) in zip(p.split(sizes, -1), self.waiting, strict=True):
-            one = part @ values if isinstance(values, Tensor) else mix_values(part, values)
+            if isinstance(values, Packed):
+                values = values.dequantize()[:, :, : part.shape[-1]]
+            one = part @ values
             mixed = one if mixed is None else mixed + one
         if self.largest is None:
             self.out, self.weight = mixed, weight
@@ -199,67 +199,6 @@ def tiles(block: Block) -> Iterator[tuple[Packed, Packed, int]]:
             if size > 0:
                 yield keys.tokens_between(start, stop), values.tokens_between(start, stop), size
             left -= size
-
-
-def key_scores(q: Tensor, keys: Packed) -> Tensor:
-    """q K^T on packed keys: q [B, G, M, D] float32, already scaled -> [B, G, M, m n]."""
-    b, heads, rows, d = q.shape
-    m, n = keys.count, keys.tokens
-    scale, zero, one = keys.scale.float(), keys.zero.float(), q[:, None]  # [B, 1, G, M, D]
-    codes = unpack(keys.codes, keys.bits).float()  # [B, m, G, n, D]
-    if keys.per_channel:  # the scale meets the query, once per group
-        met = one.unsqueeze(3) * scale.unsqueeze(4)  # [B, m, G, n/g, M, D]
-        scores = (met @ codes.unflatten(3, (-1, keys.group)).mT).transpose(3, 4)  # [B, m, G, M, n/g, g]
-        scores = (scores + (one @ zero.mT).unsqueeze(5)).flatten(4)  # [B, m, G, M, n]
-    else:  # the scale meets the product, per channel group
-        split = one.unflatten(4, (scale.shape[-1], -1))  # [B, 1, G, M, C, w]
-        scores = split.transpose(3, 4) @ codes.unflatten(4, (scale.shape[-1], -1)).permute(0, 1, 2, 4, 5, 3)
-        scores = (scores * scale.mT.unsqueeze(4)).sum(3) + split.sum(-1) @ zero.mT  # [B, m, G, C, M, n], summed over C
-    if (found := keys.factors()) is not None:
-        scores = scores + (one @ found[1]) @ found[0].mT
-    if keys.out_delta is not None:
-        token, channel, size = _entries(keys)
-        met = one.expand(b, m, heads, rows, d).mT.reshape(-1, rows).index_select(0, channel)  # [B m N, M]
-        sparse = q.new_zeros(size, rows).index_add_(0, token, met * keys.out_delta.reshape(-1, 1))
-        scores = scores + sparse.view(b, m, heads, -1, rows)[:, :, :, :n].mT
-    return scores.permute(0, 2, 3, 1, 4).reshape(b, heads, rows, m * n)
-
-
-def mix_values(p: Tensor, values: Packed) -> Tensor:
-    """P V on packed values: p [B, G, M, up to m n] float32 -> [B, G, M, D]."""
-    b, heads, rows, d = *p.shape[:3], values.width
-    m, n = values.count, values.tokens
-    if p.shape[-1] < m * n:  # hidden tokens weigh nothing
-        p = torch.nn.functional.pad(p, (0, m * n - p.shape[-1]))
-    split = p.unflatten(3, (m, n)).permute(0, 3, 1, 2, 4)  # [B, m, G, M, n]
-    scale, zero = values.scale.float(), values.zero.float()  # [B, m, G or 1, n, C]
-    parts = scale.shape[-1]
-    met = split.unsqueeze(3) * scale.mT.unsqueeze(4)  # [B, m, G, C, M, n]
-    codes = unpack(values.codes, values.bits).float()  # [B, m, G, n, D]
-    mixed = met @ codes.unflatten(4, (parts, -1)).transpose(3, 4) + (split @ zero).mT.unsqueeze(5)
-    out = mixed.transpose(3, 4).flatten(4)  # [B, m, G, C, M, w] -> [B, m, G, M, D]
-    if (found := values.factors()) is not None:
-        out = out + (split @ found[0]) @ found[1].mT
-    if values.out_delta is not None:
-        token, channel, size = _entries(values)
-        padded = torch.nn.functional.pad(split, (0, size // (b * m * heads) - n)).mT.reshape(-1, rows)
-        met = padded.index_select(0, token) * values.out_delta.reshape(-1, 1)  # [B m N, M]
-        sparse = p.new_zeros(b * m * heads * d, rows).index_add_(0, channel, met)
-        out = out + sparse.view(b, m, heads, d, rows).mT
-    return out.sum(1) if m > 1 else out[:, 0]
-
-
-def _entries(packed: Packed) -> tuple[Tensor, Tensor, int]:
-    """Of every outlier: where its token is among [B, m, G, pages * PAGE] and its channel among [B, m, G, D], as
-    [B m N] int64 each; and how many tokens those are."""
-    pages = -(-packed.tokens // PAGE)
-    counts = packed.out_start.diff(dim=-1).flatten()  # entries of every page, in the order of the lists
-    page = torch.repeat_interleave(counts, output_size=packed.out_delta.numel()).long()
-    return (
-        page * PAGE + packed.out_token.flatten(),
-        page // pages * packed.width + packed.out_channel.flatten(),
-        len(counts) * PAGE,
-    )
 
 
 def _path(wanted: str, query: Tensor, view: View, mask: Tensor | None) -> str:

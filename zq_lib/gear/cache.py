@@ -122,7 +122,7 @@ class GearLayer(CacheLayerMixin):
                 for x, codec in ((keys, config.keys), (values, config.values))
             ),
             length=n,
-        )
+        ).cut(config.buffer)
         joined = self.blocks[-1].join(new) if self.blocks else None
         self.blocks = (*self.blocks, new) if joined is None else (*self.blocks[:-1], joined)
         self.exact_keys, self.exact_values = (

@@ -1,27 +1,14 @@
-"""What GEAR's decode and quantise kernels share: launch settings, padded widths, and how codes enter a dot product.
-
-Every address is computed in 64 bits. Tiles are guarded in each dimension that can overrun, with an explicit fill.
-"""
+"""What GEAR's decode and quantise kernels share: launch settings, padded widths, and how codes enter a dot product."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from zq_lib.core.backend import Launch, interpreting, record
-from zq_lib.core.kernels import HIP_STAGES
-
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction on a GPU, exp is two
-FILL = tl.constexpr(-1e30)  # finite: in a tile without a visible key `score - maximum` is then 0 and not NaN
-
-INTERPRETED = interpreting()  # Triton has just read the same variable while decorating the kernels below
-WIDEST_HEAD = 256
-DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+from zq_lib.core.kernel_launch import INTERPRETED, look_up, padded
 
 
 @dataclass(frozen=True)
@@ -60,26 +47,12 @@ def settings(kernel: str, dtype: torch.dtype, width: int) -> Settings:
 
     "packed" for codes alone, "parts" with factors or outliers, "exact", or "quantize".
     """
-    if INTERPRETED:
-        return TOY
-    classes = sorted(limit for name, half, limit in LAUNCH if name == kernel and half == (dtype != torch.float32))
-    row = LAUNCH[kernel, dtype != torch.float32, next(limit for limit in classes if width <= limit)]
-    return replace(row, stages=min(row.stages, HIP_STAGES)) if torch.version.hip else row
-
-
-def operand(dtype: torch.dtype) -> tl.dtype:
-    """The type of a dot product's operands: the tensor's own, but fp32 for bf16 in the interpreter, which breaks it."""
-    return tl.float32 if INTERPRETED and dtype == torch.bfloat16 else DTYPES[dtype]
+    return TOY if INTERPRETED else look_up(LAUNCH, kernel, dtype, width)
 
 
 def packed_operand(dtype: torch.dtype) -> tl.dtype:
     """The same beside codes: fp16 for bf16 too, since factors and outliers are stored in it and all else is scaled."""
     return tl.float32 if dtype == torch.float32 else tl.float16
-
-
-def padded(size: int, least: int = 16) -> int:
-    """A size rounded up to what a tile of a dot product may have: a power of two, at least 16."""
-    return max(least, triton.next_power_of_2(size))
 
 
 def columns(size: int, dtype: torch.dtype) -> int:
@@ -91,15 +64,6 @@ def columns(size: int, dtype: torch.dtype) -> int:
 def slice_width(width: int, bits: int) -> int:
     """Channels of a slice of packed codes, those that share a bit offset."""
     return width // (4 if bits == 3 else 8 // bits)
-
-
-def run(kernel: Any, name: str, grid: int, like: Tensor, args: tuple, launch: Settings, **meta: Any) -> None:
-    """Start `kernel` with `grid` programs on the device of `like`, and record it."""
-    if grid < 1:  # a grid of zero runs nothing and says nothing
-        raise ValueError(f"{name} has a grid of {grid} programs; none of its tensors may be empty.")
-    with torch.cuda.device_of(like):
-        kernel[(grid,)](*args, **meta, num_warps=launch.warps, num_stages=launch.stages)
-    record(Launch(name, "interpreter" if INTERPRETED else "triton", (grid,), {**meta, "warps": launch.warps}))
 
 
 @triton.jit

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zq_lib.gear.kernels_common import WIDEST_HEAD, run, settings
+from zq_lib.core.kernel_launch import WIDEST_HEAD, run
+from zq_lib.gear.kernels_common import settings
 from zq_lib.gear.packing import row_bytes
 
 HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 * 2^23: from there on fp32 holds whole numbers only

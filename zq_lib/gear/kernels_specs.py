@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from zq_lib.core.kernel_launch import DTYPES, NAMES, padded
 from zq_lib.core.kernels import KernelSpec
 from zq_lib.gear import kernels_decode, kernels_quantize
-from zq_lib.gear.kernels_common import DTYPES, MERGE, columns, packed_operand, padded, settings, slice_width
+from zq_lib.gear.kernels_common import MERGE, columns, packed_operand, settings, slice_width
 
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 MERGED_AT_ONCE = 16  # parts that the merge kernel holds in registers
 SIDE = {
     "CODES": "*u8:16", "SCALE": "*fp16:16", "ZERO": "*fp16:16", "LEFT": "*fp16:16", "RIGHT": "*fp16:16",

@@ -19,7 +19,7 @@ from zq_lib.gear.config import Codec
 from zq_lib.gear.lowrank import factorise, to_int8
 from zq_lib.gear.outliers import PAGE, outlier_mask, places, to_entries
 from zq_lib.gear.packing import pack, row_bytes, unpack
-from zq_lib.gear.quantize import encode, group_view, ranges, restore
+from zq_lib.gear.quantize import encode, group_view, ranges
 
 COMPONENTS = {
     "codes": ("codes",),
@@ -84,7 +84,22 @@ class Packed:
 
     def segments(self, start: int, stop: int) -> Self:
         """Some of the segments, without copying."""
+        if start == 0 and stop >= self.count:
+            return self
         return self.map(lambda x: x[:, start:stop])
+
+    def can_be_cut(self, size: int) -> bool:
+        """Whether segments of `size` tokens would hold the same: no part may belong to more tokens than that."""
+        return self.left is None and self.out_delta is None and not (self.per_channel and size % self.group)
+
+    def cut(self, size: int) -> Self:
+        """The same in segments of `size` tokens."""
+        pieces = self.tokens // size
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(3, (pieces, -1)).movedim(3, 2).flatten(1, 2).contiguous()  # [B, m pieces, G, ...]
+
+        return replace(self.map(split), tokens=size)
 
     def tokens_between(self, start: int, stop: int) -> Self:
         """The tokens start..stop of the only segment; `start` at a page and a key group. Copies only outliers."""
@@ -144,32 +159,42 @@ class Packed:
             return self.left.float(), self.right.float()
         return self.left.float() * self.left_scale.float(), self.right.float() * self.right_scale.float()
 
-    def group_view(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, m, G, n, D] viewed in groups, with scale and zero in float32 that broadcast over it."""
-        b, m, heads, n, d = x.shape
-        scale, zero = self.scale.float(), self.zero.float()
+    def _backbone_into(self, out: Tensor) -> None:
+        """Write codes * scale + zero to `out` [B, m, G, n, D] float32, which may be part of a larger tensor."""
+        out.copy_(unpack(self.codes, self.bits))
         if self.per_channel:
-            return x.view(b, m, heads, -1, self.group, d), scale.unsqueeze(4), zero.unsqueeze(4)
-        return x.view(b, m, heads, n, scale.shape[-1], -1), scale.unsqueeze(-1), zero.unsqueeze(-1)
+            split, axis = out.unflatten(3, (-1, self.group)), 4
+        else:
+            split, axis = out.unflatten(4, (self.scale.shape[-1], -1)), 5
+        split.mul_(self.scale.float().unsqueeze(axis)).add_(self.zero.float().unsqueeze(axis))
 
     def backbone(self) -> Tensor:
         """codes * scale + zero, [B, m, G, n, D] float32."""
-        codes = unpack(self.codes, self.bits).float()
-        return restore(*self.group_view(codes)).view(codes.shape)
+        out = torch.empty(*self.codes.shape[:4], self.width, device=self.codes.device)
+        self._backbone_into(out)
+        return out
+
+    def restore_into(self, out: Tensor, start: int = 0) -> None:
+        """Write the m n restored tokens to out[:, :, start:]. `out` [B, G, S, D] float32, contiguous."""
+        n, d = self.tokens, self.width
+        here = out[:, :, start : start + self.count * n].unflatten(2, (self.count, n)).transpose(1, 2)
+        self._backbone_into(here)  # [B, m, G, n, D]
+        if (found := self.factors()) is not None:
+            here += found[0] @ found[1].mT
+        if self.out_delta is not None:
+            pages = -(-n // PAGE)
+            place = places(self.out_start, self.heads) + self.out_token  # head * padded tokens + token
+            head, token = place // (pages * PAGE), place % (pages * PAGE)
+            token = token + torch.arange(start, start + self.count * n, n, device=out.device)[:, None]
+            index = ((head * out.shape[2] + token) * d + self.out_channel).flatten(1)
+            out.view(out.shape[0], -1).scatter_add_(1, index, self.out_delta.float().flatten(1))
 
     def dequantize(self) -> Tensor:
         """The restored tensor, [B, G, m n, D] float32."""
-        x = self.backbone()
-        if (found := self.factors()) is not None:
-            x += found[0] @ found[1].mT
-        if self.out_delta is not None:
-            b, m, heads, n, d = x.shape
-            pages = -(-n // PAGE)
-            place = places(self.out_start, heads) + self.out_token  # head * padded tokens + token
-            head, token = place // (pages * PAGE), place % (pages * PAGE)
-            index = ((head * n + token) * d + self.out_channel).flatten(0, 1)
-            x.view(b * m, -1).scatter_add_(1, index, self.out_delta.float().flatten(0, 1))
-        return x.transpose(1, 2).flatten(2, 3)
+        b, m, heads, n, _ = self.codes.shape
+        out = torch.empty(b, heads, m * n, self.width, device=self.codes.device)
+        self.restore_into(out)
+        return out
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by component."""
@@ -188,6 +213,12 @@ class Block:
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with every tensor changed."""
         return replace(self, keys=self.keys.map(change), values=self.values.map(change))
+
+    def cut(self, size: int) -> Self:
+        """The same in segments of `size` tokens, which later ones can join; as it is where that would change it."""
+        if not (self.keys.can_be_cut(size) and self.values.can_be_cut(size)):
+            return self
+        return replace(self, keys=self.keys.cut(size), values=self.values.cut(size))
 
     def join(self, other: Self) -> Self | None:
         """Both as one block, or None when their layouts differ or some of this one is hidden."""

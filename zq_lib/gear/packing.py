@@ -6,6 +6,8 @@ Three bits are a plane of the two low bits followed by a plane of the high bit: 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -43,17 +45,34 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """Inverse of `pack`: uint8 codes [..., D]."""
     if bits == 8:
         return packed
-    # Eight bytes at a time where they fit: a shift carries bits into the next byte only where the mask clears them.
-    fits = packed.shape[-1] % (24 if bits == 3 else 8) == 0
-    words = packed.view(torch.int64) if fits else packed
-    found, start = None, 0
-    for size, at in planes(bits):
-        plane = words[..., start : start + words.shape[-1] * size // bits].contiguous()  # else loops of 1 or 2 words
-        start += plane.shape[-1]
-        mask = (2**size - 1) * (0x0101010101010101 if fits else 1)
-        part = torch.cat([(plane >> shift) & mask for shift in range(0, 8, size)], -1)
-        found = part if found is None else found | (part << at)
-    return found.view(torch.uint8)
+    if bits == 3:
+        low, high = packed.split([packed.shape[-1] * 2 // 3, packed.shape[-1] // 3], -1)
+        found, plane = _words(unpack(low, 2), 8), _words(high.contiguous())
+        bit = (plane.unsqueeze(-2) >> _shifts(1, 1, plane.dtype, plane.device)).bitwise_and_(_each(plane, 1))
+        return found.bitwise_or_(bit.bitwise_left_shift_(2).flatten(-2)).view(torch.uint8)
+    plane = _words(packed.contiguous())
+    parts = plane >> _shifts(bits, plane.dim(), plane.dtype, plane.device)
+    parts = parts.bitwise_and_(_each(plane, 2**bits - 1))
+    if packed.shape[-1] % 16 == 0:  # joined 16 bytes at a time, whatever they mean
+        parts = parts.view(torch.complex128)
+    return torch.cat(parts.unbind(0), -1).view(torch.uint8)
+
+
+def _words(x: Tensor, pieces: int = 1) -> Tensor:
+    """Bytes [..., N] eight at a time where each of the `pieces` of a row has them: a shift carries bits into the next
+    byte only where a mask clears them."""
+    return x.view(torch.int64) if x.shape[-1] // pieces % 8 == 0 else x
+
+
+def _each(words: Tensor, mask: int) -> int:
+    """The mask of a byte for every byte of a word."""
+    return mask * 0x0101010101010101 if words.dtype == torch.int64 else mask
+
+
+@cache
+def _shifts(step: int, dims: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0, step, 2 step, ... below 8, [8 / step, 1, ...] with `dims` ones."""
+    return torch.arange(0, 8, step, dtype=dtype, device=device).view(-1, *[1] * dims)
 
 
 def to_kivi(codes: Tensor, bits: int) -> Tensor:

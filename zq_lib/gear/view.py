@@ -36,16 +36,22 @@ class View:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, S, D] in the order of the text, restored."""
-        sides = ([], [])
+        if not self.blocks:
+            return self.exact_keys, self.exact_values
+        stored = self.sinks + sum(block.keys.count * block.keys.tokens for block in self.blocks)
+        return self._restore(self.exact_keys, "keys", stored), self._restore(self.exact_values, "values", stored)
+
+    def _restore(self, exact: Tensor, side: str, stored: int) -> Tensor:
+        """One side. A cropped block's hidden tokens are written too, and then overwritten by what follows."""
+        b, heads, _, d = exact.shape
+        out = torch.empty(b, heads, max(self.length, stored), d, device=exact.device)
+        out[:, :, : self.sinks] = exact[:, :, : self.sinks]
+        column = self.sinks
         for block in self.blocks:
-            for side, restored in zip(sides, block.dequantize(), strict=True):
-                side.append(restored.to(self.exact_keys.dtype))
-        return tuple(
-            self._in_text_order(torch.cat([exact[:, :, : self.sinks], *side, exact[:, :, self.sinks :]], 2))
-            if side
-            else exact
-            for exact, side in zip((self.exact_keys, self.exact_values), sides, strict=True)
-        )
+            getattr(block, side).restore_into(out, column)
+            column += block.length
+        out[:, :, column : self.length] = exact[:, :, self.sinks :]
+        return self._in_text_order(out[:, :, : self.length].to(exact.dtype))
 
     def _in_text_order(self, x: Tensor) -> Tensor:
         if self.columns is None:
