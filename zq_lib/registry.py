@@ -102,6 +102,8 @@ METHODS: dict[str, Method] = {
             "Fine-tunes with adapters in SVD form whose ranks go where they matter.",
             "Where does fine-tuning need rank?",
             "transformers models, PEFT checkpoints",
+            45,
+            built=True,
         ),
         Method(
             "losparse",

@@ -52,10 +52,16 @@ def test_links_and_pictures_lead_somewhere() -> None:
 
 
 @pytest.mark.assets
-def test_the_python_examples_run_one_after_the_other_and_do_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_examples_run_one_after_the_other_and_do_what_they_say(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    steered, compressed = re.findall(r"```python\n(.*?)```", README, re.S)
+    steered, compressed, adapted = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(steered, "README.md", "exec"), names)
     assert "pilot" in capsys.readouterr().out.split("works as a")[1]
     exec(compile(compressed, "README.md", "exec"), names)
     assert names["cache"].report()["codes"] > 0  # long enough that something was packed
+    exec(compile(adapted, "README.md", "exec"), names)
+    assert sum(names["handle"].ranks().values()) == 2 * len(names["handle"].ranks())
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

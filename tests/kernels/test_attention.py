@@ -250,7 +250,7 @@ def test_a_head_wider_than_256_is_refused():
 def test_the_launch_table_covers_every_kernel_type_and_width(monkeypatch):
     monkeypatch.setattr(kernels_common, "INTERPRETED", False)
     for kernel in ("forward", "decode", "queries", "keys"):
-        for dtype in kernels_common.DTYPES:
+        for dtype in kernels.DTYPES:
             for width in (1, 16, 64, 80, 128, 256):
                 assert kernels.settings(kernel, dtype, width).n >= 16
 

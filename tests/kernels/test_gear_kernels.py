@@ -324,7 +324,7 @@ def test_what_cannot_be_quantised_is_refused_with_the_reason(named, said):
 def test_the_launch_table_covers_every_kernel_type_and_width(monkeypatch):
     monkeypatch.setattr(kernels_common, "INTERPRETED", False)
     for kernel in ("packed", "parts", "exact", "quantize"):
-        for dtype in kernels_common.DTYPES:
+        for dtype in kernels.DTYPES:
             for width in (1, 16, 64, 80, 128, 256):
                 assert kernels_common.settings(kernel, dtype, width).tokens >= 16
 

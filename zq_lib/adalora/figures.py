@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from zq_lib.adalora.schedule import Schedule
@@ -44,38 +45,66 @@ def budget_curve(schedule: Schedule) -> Figure:
 
 def rank_map(ranks: Mapping[str, int], most: int, planted: Sequence[str] = (), title: str = "") -> Figure:
     """Blocks x matrices, the rank as colour and number; planted matrices are framed."""
+    blocks, kinds, _ = grid(list(ranks))
+    with style():
+        fig, axes = subplots(width=_map_width(kinds), height=0.5 * len(blocks) + 2.2)
+        _draw_map(axes, ranks, most, planted)
+        axes.set_title(title or f"{sum(ranks.values())} ranks over {len(ranks)} matrices")
+    return Figure(fig, _describe_map(ranks, planted))
+
+
+def rank_frame(trace: RankTrace, event: int, planted: Sequence[str] = ()) -> Figure:
+    """One frame of the animation: the map after an allocation, by index, above the budget so far."""
+    ranks = dict(zip(trace.names, (int(r) for r in trace.ranks()[event]), strict=True))
+    blocks, kinds, _ = grid(list(ranks))
+    step, budget = trace.steps[event], trace.budgets[event]
+    with style():
+        fig, (above, below) = subplots(2, 1, width=_map_width(kinds), height=0.5 * len(blocks) + 4.2)
+        _draw_map(above, ranks, trace.keep[0].shape[1], planted)
+        above.set_title(f"Step {step}: {budget} ranks are left")
+        below.plot(trace.steps, trace.budgets, color=PALETTE["grey"], linestyle="--")
+        below.plot(trace.steps[: event + 1], trace.budgets[: event + 1], color=PALETTE["blue"], marker="o")
+        below.set_ylim(bottom=0)
+        below.set_xlabel("optimiser step")
+        below.set_ylabel("budget b(t)")
+    return Figure(
+        fig,
+        f"{_describe_map(ranks, planted)} Below, the budget: allocation {event + 1} of {len(trace)}, at step {step}, "
+        f"leaves {budget} ranks.",
+    )
+
+
+def _map_width(kinds: Sequence[str]) -> float:
+    return max(5.0, 1.1 * len(kinds) + 1.5)
+
+
+def _draw_map(axes: Axes, ranks: Mapping[str, int], most: int, planted: Sequence[str]) -> None:
     blocks, kinds, places = grid(list(ranks))
     table = np.full((len(blocks), len(kinds)), np.nan)
     for name, rank in ranks.items():
         table[places[name]] = rank
-    total = sum(ranks.values())
-    hit = sum(ranks[n] for n in planted)
-    with style():
-        fig, axes = subplots(width=max(5.0, 1.1 * len(kinds) + 1.5), height=0.5 * len(blocks) + 2.2)
-        axes.imshow(table, vmin=0, vmax=most, aspect="auto")
-        for name, rank in ranks.items():
-            y, x = places[name]
-            axes.annotate(str(rank), (x, y), ha="center", va="center", color="white" if rank < most * 0.6 else "black")
-            if name in planted:
-                frame = Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, edgecolor=PALETTE["vermilion"], lw=2.5)
-                axes.add_patch(frame)
-        axes.set_xticks(range(len(kinds)), [_short(k) for k in kinds], rotation=25, ha="right")
-        axes.set_yticks(range(len(blocks)), [str(b) for b in blocks])
-        axes.set_ylabel("block")
-        axes.set_title(title or f"{total} ranks over {len(ranks)} matrices")
+    axes.imshow(table, vmin=0, vmax=most, aspect="auto")
+    for name, rank in ranks.items():
+        y, x = places[name]
+        axes.annotate(str(rank), (x, y), ha="center", va="center", color="white" if rank < most * 0.6 else "black")
+        if name in planted:
+            frame = Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, edgecolor=PALETTE["vermilion"], lw=2.5)
+            axes.add_patch(frame)
+    axes.set_xticks(range(len(kinds)), [_short(k) for k in kinds], rotation=25, ha="right")
+    axes.set_yticks(range(len(blocks)), [str(b) for b in blocks])
+    axes.set_ylabel("block")
+
+
+def _describe_map(ranks: Mapping[str, int], planted: Sequence[str]) -> str:
+    blocks, kinds, _ = grid(list(ranks))
     first = sorted(ranks.items(), key=lambda item: -item[1])[:3]
     said = ", ".join(f"{_short(n)} {r}" for n, r in first)
+    hit = sum(ranks[n] for n in planted)
     frames = f" The {len(planted)} framed matrices, where a need was planted, hold {hit} of them." if planted else ""
-    return Figure(
-        fig, f"Map of {len(blocks)} blocks by {len(kinds)} matrices, {total} ranks in all; most have {said}.{frames}"
+    return (
+        f"Map of {len(blocks)} blocks by {len(kinds)} matrices, {sum(ranks.values())} ranks in all; most have {said}."
+        f"{frames}"
     )
-
-
-def rank_frame(trace: RankTrace, event: int, planted: Sequence[str] = ()) -> Figure:
-    """One frame of the animation: the map after an allocation, by index."""
-    ranks = dict(zip(trace.names, (int(r) for r in trace.ranks()[event]), strict=True))
-    step, budget = trace.steps[event], trace.budgets[event]
-    return rank_map(ranks, trace.keep[0].shape[1], planted, f"Step {step}: {budget} ranks are left")
 
 
 def rank_history(trace: RankTrace, planted: Sequence[str] = ()) -> Figure:
@@ -168,6 +197,7 @@ def regrowth(trace: RankTrace) -> Figure:
 
 
 def _short(name: str) -> str:
-    """A matrix' name without what every name has."""
+    """A matrix' name without what every name has; attention's output keeps apart from the block's."""
+    name = name.replace("attention.output", "attention output")
     parts = [p for p in name.split(".") if p not in ("attention", "self", "dense", "encoder", "model", "self_attn")]
     return ".".join(parts) or name

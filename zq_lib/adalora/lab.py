@@ -7,6 +7,7 @@ repeats that over seeds and writes `bench/results/adalora_*.csv`.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,31 +48,49 @@ LARGEST_SHARE = {"quick": 0.5, FULL: 0.35}  # of LoRA's error that AdaLoRA's may
 
 @dataclass
 class Problem:
-    """A model to adapt, batches to train it on, and how to judge it. `error` is the smaller the better."""
+    """A model to adapt, batches to train it on, and how to judge it. `judge` gives the error on the test set."""
 
     model: nn.Module
     batches: Sequence[tuple[Mapping[str, Tensor], Tensor]]
     loss: Callable[[Any, Tensor, Mapping[str, Tensor]], Tensor]
-    error: Callable[[], float]
+    judge: Callable[[nn.Module], float]
     rate: float
     planted: frozenset[str] = frozenset()
     train_also: tuple[str, ...] = ()
 
+    def error(self) -> float:
+        """Error of the model as it is now; the smaller the better."""
+        return self.judge(self.model)
 
-def planted(seed: int = 0, size: Size = PLANTED["quick"]) -> Problem:
-    """A teacher that differs from the model by hidden updates of rank 8 in four random matrices.
+    def copy(self) -> Problem:
+        """The same problem with a model of its own, for a training beside others."""
+        return replace(self, model=copy.deepcopy(self.model))
+
+
+def planted(seed: int = 0, size: Size = PLANTED["quick"], ranks: Mapping[str, int] | None = None) -> Problem:
+    """A teacher that differs from the model by hidden updates: of rank 8 in four random matrices, or as `ranks` says.
 
     The model is the first layers of MiniLM-L6. Singular values of an update fall from 1 to 1/2, times a quarter of its
-    matrix's Frobenius norm. The student must reproduce the teacher's hidden states on film review snippets.
+    matrix's Frobenius norm. The student must reproduce the teacher's hidden states on film review snippets. Raises
+    ValueError when `ranks` names a matrix that the model does not have, or plants nothing.
     """
     base, tokenizer = models.load("minilm-l6")
     base.encoder.layer = base.encoder.layer[: size.layers]
     base.pooler = None
     linear = [n for n, m in base.named_modules() if isinstance(m, nn.Linear)]
     draw = random.Random(seed)
-    chosen = frozenset(draw.sample(linear, PLANTED_MATRICES))
+    drawn = dict.fromkeys(draw.sample(linear, PLANTED_MATRICES), PLANTED_RANK)
+    ranks = drawn if ranks is None else ranks
+    chosen = frozenset(name for name, rank in ranks.items() if rank)
+    if not chosen or not chosen <= set(linear):
+        wrong = next(iter(chosen - set(linear)), None)
+        raise ValueError(
+            f"ranks names {wrong!r}, which is no matrix of the model; choose among {linear[0]!r}, ..., {linear[-1]!r}"
+            if wrong
+            else f"ranks={dict(ranks)!r} plants nothing; give at least one matrix a rank above 0"
+        )
     source = torch.Generator().manual_seed(seed)
-    hidden = {name: _update(base.get_submodule(name).weight, source) for name in sorted(chosen)}
+    hidden = {name: _update(base.get_submodule(name).weight, ranks[name], source) for name in sorted(chosen)}
     texts = [r.text for r in data.rated("movies")]
     draw.shuffle(texts)
     encoded = [
@@ -90,10 +109,10 @@ def planted(seed: int = 0, size: Size = PLANTED["quick"]) -> Problem:
         return ((out.last_hidden_state - target).square() * mask).sum() / (mask.sum() * target.shape[-1])
 
     @torch.no_grad()
-    def error() -> float:
-        return sum(float(loss(base(**x), y, x)) for x, y in test) / len(test)
+    def judge(model: nn.Module) -> float:
+        return sum(float(loss(model(**x), y, x)) for x, y in test) / len(test)
 
-    return Problem(base, train, loss, error, RATE["planted"], chosen)
+    return Problem(base, train, loss, judge, RATE["planted"], chosen)
 
 
 def text(seed: int = 0, size: Size = TEXT["quick"]) -> Problem:
@@ -115,17 +134,17 @@ def text(seed: int = 0, size: Size = TEXT["quick"]) -> Problem:
         return nn.functional.cross_entropy(out.logits, target)
 
     @torch.no_grad()
-    def error() -> float:
+    def judge(model: nn.Module) -> float:
         wrong = [(model(**x).logits.argmax(-1) != y).float() for x, y in parts[1]]
         return float(torch.cat(wrong).mean())
 
-    return Problem(model, parts[0], loss, error, RATE["text"], train_also=("classifier",))
+    return Problem(model, parts[0], loss, judge, RATE["text"], train_also=("classifier",))
 
 
-def _update(weight: Tensor, source: torch.Generator) -> Tensor:
-    """A random change of rank 8 whose largest singular value is a quarter of the weight's Frobenius norm."""
-    left, right = (torch.linalg.qr(torch.randn(n, PLANTED_RANK, generator=source)).Q for n in weight.shape)
-    return (left * torch.linspace(1, 0.5, PLANTED_RANK)) @ right.T * (torch.linalg.matrix_norm(weight) / 4)
+def _update(weight: Tensor, rank: int, source: torch.Generator) -> Tensor:
+    """A random change of a rank, whose largest singular value is a quarter of the weight's Frobenius norm."""
+    left, right = (torch.linalg.qr(torch.randn(n, rank, generator=source)).Q for n in weight.shape)
+    return (left * torch.linspace(1, 0.5, rank)) @ right.T * (torch.linalg.matrix_norm(weight) / 4)
 
 
 def _states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -159,15 +178,23 @@ def training(problem: Problem, handle: Adaptation, steps: int) -> Iterator[tuple
         yield step, float(loss.detach())
 
 
-def compare(
-    problem: Problem, config: AdaLoraConfig, steps: int, seed: int, say: Callable[[str], None], only: Sequence[str] = ()
-) -> tuple[list[Row], list[Row], RankTrace | None]:
-    """Every method at the same final budget and the same scale: a row each, AdaLoRA's ranks, and its trace.
+@dataclass(frozen=True)
+class Moment:
+    """Where a comparison is: after a training step of `method`, and, with `row`, at the end of it."""
+
+    method: str
+    step: int
+    loss: float
+    handle: Adaptation
+    row: Row | None = None
+
+
+def watch(problem: Problem, config: AdaLoraConfig, steps: int, seed: int, only: Sequence[str] = ()) -> Iterator[Moment]:
+    """Every method at the same final budget and the same scale, step by step; closing it leaves the model clean.
 
     LoRA of equal ranks trains fewer parameters than AdaLoRA at first, LoRA of the initial rank as many; the latter is
-    also cut to the budget by SVD, without training afterwards.
+    also cut to the budget by SVD, without training afterwards. `only` names some of AdaLoRA and the two LoRAs.
     """
-    rows, ranks, trace = [], [], None
     start = problem.error()
     heads = [{k: v.clone() for k, v in problem.model.get_submodule(n).state_dict().items()} for n in problem.train_also]
 
@@ -189,23 +216,35 @@ def compare(
     for method, rank in ((ADALORA, 0), (UNIFORM, uniform), (WIDE, config.init_rank)):
         if only and method not in only:
             continue
-        say(method)
         begin()
         if method == ADALORA:
             handle = attach(problem.model, config, total_steps=steps, train_also=problem.train_also)
         else:
             handle = attach_lora(problem.model, rank, config.scale, train_also=problem.train_also)
         with handle:
-            for _ in training(problem, handle, steps):
-                pass
-            rows.append(row(method, handle))
-            if method == ADALORA:
-                trace = handle.trace
-                ranks = [{"matrix": n, "planted": n in problem.planted, "rank": r} for n, r in handle.ranks().items()]
+            for step, loss in training(problem, handle, steps):
+                yield Moment(method, step, loss, handle)
+            yield Moment(method, step, loss, handle, row(method, handle))
             if method == WIDE:
                 truncate_by_svd(handle, uniform * len(handle.adapters))
-                rows.append(row(CUT, handle))
+                yield Moment(CUT, step, loss, handle, row(CUT, handle))
     begin()
+
+
+def compare(
+    problem: Problem, config: AdaLoraConfig, steps: int, seed: int, say: Callable[[str], None], only: Sequence[str] = ()
+) -> tuple[list[Row], list[Row], RankTrace | None]:
+    """`watch` to its end: a row per method, AdaLoRA's ranks, and its trace."""
+    rows, ranks, trace = [], [], None
+    for moment in watch(problem, config, steps, seed, only):
+        if moment.row is None:
+            if moment.step == 0:
+                say(moment.method)
+            continue
+        rows.append(moment.row)
+        if moment.method == ADALORA:
+            trace, found = moment.handle.trace, moment.handle.ranks()
+            ranks = [{"matrix": n, "planted": n in problem.planted, "rank": r} for n, r in found.items()]
     return rows, ranks, trace
 
 

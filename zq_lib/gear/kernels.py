@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zq_lib.core.kernel_launch import DTYPES, INTERPRETED, WIDEST_HEAD, operand, padded, run
+from zq_lib.core.kernels_launch import DTYPES, INTERPRETED, WIDEST_HEAD, operand, padded, run
 from zq_lib.gear import kernels_decode, kernels_quantize
 from zq_lib.gear.kernels_common import MERGE, Settings, columns, packed_operand, settings, slice_width
 from zq_lib.gear.kernels_specs import MERGED_AT_ONCE, specs

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from zq_lib.core.kernel_launch import INTERPRETED, look_up, padded
+from zq_lib.core.kernels_launch import INTERPRETED, look_up, padded
 
 
 @dataclass(frozen=True)

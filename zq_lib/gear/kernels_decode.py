@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zq_lib.core.kernel_launch import FILL, LOG2E
+from zq_lib.core.kernels_launch import FILL, LOG2E
 from zq_lib.gear.kernels_common import code_slice, load_codes, per_unit, slice_weight
 
 PAGE = tl.constexpr(64)  # tokens that share a list of outliers

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zq_lib.core.kernel_launch import WIDEST_HEAD, run
+from zq_lib.core.kernels_launch import WIDEST_HEAD, run
 from zq_lib.gear.kernels_common import settings
 from zq_lib.gear.packing import row_bytes
 

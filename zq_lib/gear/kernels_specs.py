@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from zq_lib.core.kernel_launch import DTYPES, NAMES, padded
 from zq_lib.core.kernels import KernelSpec
+from zq_lib.core.kernels_launch import DTYPES, NAMES, padded
 from zq_lib.gear import kernels_decode, kernels_quantize
 from zq_lib.gear.kernels_common import MERGE, columns, packed_operand, settings, slice_width
 

@@ -14,30 +14,13 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zq_lib.core.backend import Launch, record
 from zq_lib.core.kernels import KernelSpec
+from zq_lib.core.kernels_launch import DTYPES, INTERPRETED, NAMES, WIDEST_HEAD, dense_rows, operand, padded, run
 from zq_lib.pasta import kernels_backward, kernels_forward
-from zq_lib.pasta.kernels_common import (
-    DTYPES,
-    INTERPRETED,
-    MERGE,
-    WIDEST_HEAD,
-    Settings,
-    operand,
-    padded,
-    settings,
-    spans,
-)
+from zq_lib.pasta.kernels_common import MERGE, settings, spans
 
 MOST_SPLITS = 32  # the merge kernel holds this many partial rows in registers
 KEYS_PER_SPLIT = 16 if INTERPRETED else 256  # fewer would not pay for a second launch (untimed)
-
-
-def _run(kernel: Any, name: str, grid: int, like: Tensor, args: tuple, launch: Settings, **meta: Any) -> None:
-    """Start `kernel` with `grid` programs on the device of `like`, and record it."""
-    with torch.cuda.device_of(like):
-        kernel[(grid,)](*args, **meta, num_warps=launch.warps, num_stages=launch.stages)
-    record(Launch(name, "interpreter" if INTERPRETED else "triton", (grid,), {**meta, "warps": launch.warps}))
 
 
 def _mask_args(mask: Tensor | None, dim: int, block: int) -> tuple[tuple, tuple]:
@@ -65,7 +48,7 @@ def _attend(
         H, H // G, T, S, scale,
     )  # fmt: skip
     meta = dict(D=D, BLOCK_D=padded(D), BLOCK_M=launch.m, BLOCK_N=launch.n, CAUSAL=causal, DOT=operand(q.dtype))
-    _run(kernels_forward.forward, "pasta.forward", triton.cdiv(T, launch.m) * B * H, q, args, launch, **meta)
+    run(kernels_forward.forward, "pasta.forward", triton.cdiv(T, launch.m) * B * H, q, args, launch, **meta)
     return out, lse
 
 
@@ -88,9 +71,9 @@ def _attend_one(
     tile = dict(D=D, BLOCK_D=padded(D))
     rows_of_group = max(16, triton.next_power_of_2(H // G))  # 16 is the least that a dot product takes
     meta = dict(tile, BLOCK_M=rows_of_group, BLOCK_N=launch.n, DOT=operand(q.dtype))
-    _run(kernels_forward.decode, "pasta.decode", B * G * splits, q, args, launch, **meta)
+    run(kernels_forward.decode, "pasta.decode", B * G * splits, q, args, launch, **meta)
     args = (part, part_lse, out, lse, splits)
-    _run(kernels_forward.merge, "pasta.merge", B * H, q, args, MERGE, **tile, MOST=triton.next_power_of_2(splits))
+    run(kernels_forward.merge, "pasta.merge", B * H, q, args, MERGE, **tile, MOST=triton.next_power_of_2(splits))
     return out, lse
 
 
@@ -107,7 +90,7 @@ def _gradients(
     """Host wrapper of the backward kernels: dq, dk, dv in their types; dgate [B, H], dbeta [B, S] fp32 or None."""
     B, H, T, D = q.shape
     G, S = k.shape[1], k.shape[2]
-    grad = _rows_together(grad)
+    grad = dense_rows(grad)
     sizes = (H, H // G, T, S, scale)
     tile = dict(D=D, BLOCK_D=padded(D), CAUSAL=causal, DOT=operand(q.dtype))
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -124,7 +107,7 @@ def _gradients(
         q, k, v, gate, beta, rows, *pointers, out, grad, lse, delta, dq, gate_parts,
         *inputs, out.stride(0), out.stride(2), out.stride(1), *grad_strides, *strides, *sizes,
     )  # fmt: skip
-    _run(
+    run(
         kernels_backward.backward_queries, "pasta.backward_queries", blocks * B * H, q, args, launch,
         BLOCK_M=launch.m, BLOCK_N=launch.n, **tile,
     )  # fmt: skip
@@ -136,7 +119,7 @@ def _gradients(
         q, k, v, gate, beta, rows, *pointers, grad, lse, delta, dk, dv, beta_parts,
         *inputs, *grad_strides, *strides, *sizes,
     )  # fmt: skip
-    _run(
+    run(
         kernels_backward.backward_keys, "pasta.backward_keys", triton.cdiv(S, launch.n) * B * G, q, args, launch,
         BLOCK_M=launch.m, BLOCK_N=launch.n, **tile,
     )  # fmt: skip
@@ -163,11 +146,6 @@ class _Attention(torch.autograd.Function):
         need = ctx.needs_input_grad
         grads = _gradients(grad, *ctx.saved_tensors, ctx.causal, ctx.scale, need[3], need[4])
         return *(g if needed else None for g, needed in zip(grads, need, strict=False)), None, None, None, None
-
-
-def _rows_together(x: Tensor) -> Tensor:
-    """`x` itself when its last dimension is dense, which is all that the kernels ask; otherwise a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def flash_attention(
@@ -205,8 +183,8 @@ def flash_attention(
     if rows is not None:
         rows = rows.detach().to(torch.float32).expand(B, T).contiguous()
     if mask is not None:
-        mask = _rows_together(mask.expand(-1, -1, T, S))
-    q, k, v = (_rows_together(x) for x in (q, k, v))
+        mask = dense_rows(mask.expand(-1, -1, T, S))
+    q, k, v = (dense_rows(x) for x in (q, k, v))
     causal = causal and mask is None and T > 1
     return _Attention.apply(q, k, v, gate, beta, rows, mask, causal, D**-0.5 if scale is None else float(scale))
 
@@ -251,7 +229,7 @@ def _specs() -> list[KernelSpec]:
 def _spec(name: str, kernel: Any, dtype: torch.dtype, width: int, masked: bool) -> KernelSpec:
     """The specialisation that a launch on contiguous tensors of this type and width ends up with."""
     launch = MERGE if name == "merge" else settings(name.removeprefix("backward_"), dtype, width)
-    here = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    here = NAMES[dtype]
     constants = dict(
         D=width, BLOCK_D=padded(width), BLOCK_M=16 if name == "decode" else launch.m, BLOCK_N=launch.n,
         MOST=MOST_SPLITS, CAUSAL=not masked, DOT=DTYPES[dtype],

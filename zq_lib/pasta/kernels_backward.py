@@ -10,14 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zq_lib.pasta.kernels_common import LOG2E, is_visible, load_tile, store_tile
-
-
-@triton.jit
-def _load_lse(LSE, query, T):
-    """Base-2 log-sum-exp of a tile's rows; rows that see nothing or do not exist get +inf, so that their P is 0."""
-    lse = tl.load(LSE + query, mask=query < T, other=float("inf")) * LOG2E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+from zq_lib.core.kernels_launch import LOG2E, load_lse, load_tile, store_tile
+from zq_lib.pasta.kernels_common import is_visible
 
 
 @triton.jit
@@ -84,7 +78,7 @@ def backward_queries(
     tl.store(DELTA + line + query, delta, mask=query < T)
     q = q.to(DOT)
     do = do.to(DOT)
-    lse = _load_lse(LSE + line, query, T)
+    lse = load_lse(LSE + line, query, T)
     allowed = tl.zeros([BLOCK_M], tl.float32) + 1.0
     if ROWS is not None:
         allowed = tl.load(ROWS + b * T + query, mask=query < T, other=0.0)
@@ -147,7 +141,7 @@ def _over_queries(
         if ROWS is not None:
             gain *= tl.load(ROWS + query, mask=query < T, other=0.0)
         scores += beta[:, None] * (gain * LOG2E)[None, :]
-        p = tl.exp2(scores - _load_lse(LSE, query, T)[None, :])
+        p = tl.exp2(scores - load_lse(LSE, query, T)[None, :])
         if EDGE:
             p = tl.where(is_visible(MASK, stride_mask, query[None, :], key[:, None], T, S, CAUSAL), p, 0.0)
         dv = tl.dot(p.to(DOUT.dtype.element_ty).to(DOT), do, dv, input_precision="ieee")

@@ -1,37 +1,13 @@
-"""What the forward and the backward kernels of PASTA share: tile loads, visibility, and the launch table.
-
-Every address is computed in 64 bits. Tiles are guarded in each dimension that can overrun, with an explicit fill.
-"""
+"""What the forward and the backward kernels of PASTA share: visibility, and the launch table."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from zq_lib.core.backend import interpreting
-from zq_lib.core.kernels import HIP_STAGES
-
-LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction on a GPU, exp is two
-FILL = tl.constexpr(-1e30)  # finite: in a block without a visible key `score - maximum` is then 0 and not NaN
-
-INTERPRETED = interpreting()  # Triton has just read the same variable while decorating the kernels below
-WIDEST_HEAD = 256
-DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One row of a launch table: rows and keys per tile, warps per program, stages of the load pipeline."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-
+from zq_lib.core.kernels_launch import INTERPRETED, Settings, look_up
 
 # Keys: (kernel, half precision?, head width up to). No row has been timed on a GPU yet: each is the largest tile tried
 # that spills no register on sm_80, sm_90 and gfx942 (bench/results/aot.csv), starting from the usual 128 x 64.
@@ -67,22 +43,7 @@ MERGE = Settings(1, 1, 4, 1)  # one row of at most 32 partial rows: 32 fp32 valu
 
 def settings(kernel: str, dtype: torch.dtype, width: int) -> Settings:
     """The launch settings of `kernel` ("forward", "decode", "queries", "keys") for tensors of `dtype`, head `width`."""
-    if INTERPRETED:
-        return TOY
-    classes = sorted(limit for name, half, limit in LAUNCH if name == kernel and half == (dtype != torch.float32))
-    limit = next(limit for limit in classes if width <= limit)
-    row = LAUNCH[kernel, dtype != torch.float32, limit]
-    return replace(row, stages=min(row.stages, HIP_STAGES)) if torch.version.hip else row
-
-
-def operand(dtype: torch.dtype) -> tl.dtype:
-    """The type of a dot product's operands: the tensor's own, but fp32 in the interpreter, whose bf16 is broken."""
-    return tl.float32 if INTERPRETED else DTYPES[dtype]
-
-
-def padded(width: int) -> int:
-    """The head width rounded up to what a tile may have: a power of two, at least 16 for a dot product."""
-    return max(16, triton.next_power_of_2(width))
+    return TOY if INTERPRETED else look_up(LAUNCH, kernel, dtype, width)
 
 
 def spans(mask: Tensor, dim: int, block: int) -> Tensor:
@@ -97,33 +58,6 @@ def spans(mask: Tensor, dim: int, block: int) -> Tensor:
     first, back = seen.argmax(-1), seen.flip(-1).argmax(-1)
     last = torch.where(seen.any(-1), seen.shape[-1] - back, 0)
     return torch.stack([first, last], -1).to(torch.int32).contiguous()
-
-
-@triton.jit
-def load_tile(base, stride, count, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, GUARD: tl.constexpr):
-    """`BLOCK` rows from `base`, zero beyond row `count` (if GUARD) and beyond column D. [BLOCK, BLOCK_D]"""
-    row = tl.arange(0, BLOCK)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
-    pointers = base + row.to(tl.int64) * stride + column
-    if GUARD:
-        if D == BLOCK_D:
-            return tl.load(pointers, mask=row < count, other=0.0)
-        else:
-            return tl.load(pointers, mask=(row < count) & (column < D), other=0.0)
-    else:
-        if D == BLOCK_D:
-            return tl.load(pointers)
-        else:
-            return tl.load(pointers, mask=column < D, other=0.0)
-
-
-@triton.jit
-def store_tile(base, stride, count, value, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write the rows below `count` and the columns below D of `value` [BLOCK, BLOCK_D], in the type of `base`."""
-    row = tl.arange(0, BLOCK)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
-    pointers = base + row.to(tl.int64) * stride + column
-    tl.store(pointers, value.to(base.dtype.element_ty), mask=(row < count) & (column < D))
 
 
 @triton.jit

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zq_lib.pasta.kernels_common import FILL, LOG2E, is_visible, load_tile, store_tile
+from zq_lib.core.kernels_launch import FILL, LOG2E, load_tile, store_tile
+from zq_lib.pasta.kernels_common import is_visible
 
 
 @triton.jit
