@@ -80,6 +80,8 @@ METHODS: dict[str, Method] = {
             "Keeps full attention at a few layers and local attention elsewhere.",
             "Which layers need the whole text?",
             "transformers models",
+            45,
+            built=True,
         ),
         Method(
             "gear",

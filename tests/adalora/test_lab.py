@@ -44,6 +44,41 @@ def test_an_unknown_budget_is_refused() -> None:
         lab.run(budget="most")
 
 
+SMALL = lab.Size(2, 4, 8, 12, 16, 16)
+
+
+@pytest.mark.assets
+def test_needs_can_be_planted_by_hand_and_are_of_the_ranks_asked_for() -> None:
+    ranks = {"encoder.layer.0.attention.self.key": 1, "encoder.layer.1.output.dense": 3}
+    drawn, own = lab.planted(0, SMALL), lab.planted(0, SMALL, {**ranks, "encoder.layer.1.intermediate.dense": 0})
+    assert len(drawn.planted) == lab.PLANTED_MATRICES and own.planted == set(ranks)
+    assert lab.planted(0, SMALL, dict.fromkeys(drawn.planted, lab.PLANTED_RANK)).error() == drawn.error() > 0
+    weight = torch.nn.Linear(40, 30).weight.detach()
+    change = lab._update(weight, 3, torch.Generator().manual_seed(0))
+    found = torch.linalg.svdvals(change) / torch.linalg.matrix_norm(weight)
+    torch.testing.assert_close(found[:3], torch.tensor([0.25, 0.1875, 0.125]))
+    assert float(found[3]) < 1e-6
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(("ranks", "part"), [({"encoder.9": 2}, "'encoder.9'"), ({"encoder.9": 0}, "plants nothing")])
+def test_needs_that_cannot_be_planted_are_refused(ranks, part) -> None:
+    with pytest.raises(ValueError, match=part):
+        lab.planted(0, SMALL, ranks)
+
+
+@pytest.mark.assets
+def test_a_copy_of_a_problem_is_trained_alone_and_stopping_leaves_its_model_clean() -> None:
+    problem = lab.planted(0, SMALL)
+    own, before = problem.copy(), problem.error()
+    config = AdaLoraConfig(init_rank=4, target_rank=2, warmup=1, final=1, interval=1)
+    moments = lab.watch(own, config, 4, 0)
+    assert [next(moments).step for _ in range(3)] == [0, 1, 2]
+    assert own.error() != before == problem.error()
+    moments.close()
+    assert own.error() == before and type(own.model.encoder.layer[0].output.dense) is nn.Linear
+
+
 @pytest.mark.assets
 def test_the_text_problem_trains_its_head_and_begins_every_method_alike() -> None:
     size = lab.Size(6, 4, 8, 12, 32, 16)

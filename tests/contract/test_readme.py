@@ -57,11 +57,13 @@ def test_the_python_examples_run_one_after_the_other_and_do_what_they_say(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    steered, compressed, adapted = re.findall(r"```python\n(.*?)```", README, re.S)
+    steered, compressed, local, adapted = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(steered, "README.md", "exec"), names)
     assert "pilot" in capsys.readouterr().out.split("works as a")[1]
     exec(compile(compressed, "README.md", "exec"), names)
     assert names["cache"].report()["codes"] > 0  # long enough that something was packed
+    exec(compile(local, "README.md", "exec"), names)
+    assert 0 < names["conversion"].report().share <= 1
     exec(compile(adapted, "README.md", "exec"), names)
     assert sum(names["handle"].ranks().values()) == 2 * len(names["handle"].ranks())
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

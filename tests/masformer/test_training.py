@@ -160,10 +160,12 @@ def test_every_question_is_answered_by_a_fact_beyond_the_window() -> None:
     assert FILLERS + 1 > 8
 
 
-def test_one_full_layer_learns_recall_and_local_layers_stay_at_chance() -> None:
-    mixed = list(train_recall(SpanPlan.mixed(4, full=(1,), span=8), steps=150))
-    local = list(train_recall(SpanPlan.mixed(4, full=(), span=8), steps=60))
-    assert mixed[-1]["accuracy"] >= 0.99 and local[-1]["accuracy"] <= 0.16
+def test_recall_training_repeats_with_the_seed_and_stops_when_it_is_solved() -> None:
+    plan = SpanPlan.mixed(2, full=(1,), span=8)
+    rows = list(train_recall(plan, steps=5, check=2))
+    assert [r["step"] for r in rows] == [2, 4, 5] and rows == list(train_recall(plan, steps=5, check=2))
+    assert rows != list(train_recall(plan, steps=5, check=2, seed=1))
+    assert [r["step"] for r in train_recall(plan, steps=5, check=2, enough=0.0)] == [2]
 
 
 SCRIPT = """

@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zq_lib.adalora import kernels_importance, kernels_linear
 from zq_lib.adalora.adapter import Triplets
-from zq_lib.core.backend import Launch, interpreting, record
 from zq_lib.core.kernels import HIP_STAGES, KernelSpec
+from zq_lib.core.kernels_launch import DTYPES, INTERPRETED, dense_rows, operand, padded, run
 
-INTERPRETED = interpreting()  # Triton has just read the same variable while decorating the kernels
-DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 MOST_RANK = 128
 WIDE_RANK = 32  # up to here H is worked out again by every column of tiles, which saves a launch
 MOST_SPLITS = 32  # partial sums of the weights' gradients
@@ -65,29 +62,13 @@ def settings(kernel: str, dtype: torch.dtype) -> Settings:
     return row
 
 
-def _operand(dtype: torch.dtype) -> tl.dtype:
-    """The type of a product's operands: the tensor's own, but fp32 in the interpreter, whose bf16 is broken."""
-    return tl.float32 if INTERPRETED else DTYPES[dtype]
-
-
-def _padded(rank: int) -> int:
-    """The rank rounded up to what a tile may have: a power of two, at least 16 for a product."""
-    return max(16, triton.next_power_of_2(rank))
-
-
-def _run(kernel: Any, name: str, grid: tuple[int, ...], like: Tensor, args: tuple, row: Settings, **meta: Any) -> None:
-    with torch.cuda.device_of(like):
-        kernel[grid](*args, **meta, num_warps=row.warps, num_stages=row.stages)
-    record(Launch(f"adalora.{name}", "interpreter" if INTERPRETED else "triton", grid, meta))
-
-
 def _project(a: Tensor, u: Tensor) -> Tensor:
     """A U for A [M, K] and U [K, R] of any strides, [M, R] fp32."""
     (m, k), r = a.shape, u.shape[1]
     row, h = settings("project", a.dtype), torch.empty(m, r, dtype=torch.float32, device=a.device)
     args = (a, u, h, m, k, r, a.stride(0), u.stride(0), u.stride(1))
-    meta = dict(BLOCK_M=row.m, BLOCK_K=row.k, BLOCK_R=_padded(r), DOT=_operand(a.dtype))
-    _run(kernels_linear.project, "project", (triton.cdiv(m, row.m),), a, args, row, **meta)
+    meta = dict(BLOCK_M=row.m, BLOCK_K=row.k, BLOCK_R=padded(r), DOT=operand(a.dtype))
+    run(kernels_linear.project, "adalora.project", triton.cdiv(m, row.m), a, args, row, **meta)
     return h
 
 
@@ -99,10 +80,10 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None, u: Tensor, c: Tensor, v: 
     row, out = settings("wide" if given else "matmul", a.dtype), torch.empty(m, n, dtype=a.dtype, device=a.device)
     args = (a, b, bias, u, c, v, h, out, m, n, k, r, a.stride(0), *b.stride(), *u.stride(), *v.stride())
     meta = dict(
-        BLOCK_M=row.m, BLOCK_N=row.n, BLOCK_K=row.k, BLOCK_R=_padded(r), GIVEN=given, DOT=_operand(a.dtype)
+        BLOCK_M=row.m, BLOCK_N=row.n, BLOCK_K=row.k, BLOCK_R=padded(r), GIVEN=given, DOT=operand(a.dtype)
     )  # fmt: skip
-    grid = (triton.cdiv(m, row.m) * triton.cdiv(n, row.n),)
-    _run(kernels_linear.low_rank_matmul, "matmul", grid, a, args, row, **meta)
+    grid = triton.cdiv(m, row.m) * triton.cdiv(n, row.n)
+    run(kernels_linear.low_rank_matmul, "adalora.matmul", grid, a, args, row, **meta)
     return out, h
 
 
@@ -115,8 +96,8 @@ def _outer(a: Tensor, h: Tensor, c: Tensor) -> Tensor:
     splits = max(1, triton.cdiv(m, rows))
     part = torch.empty(splits, d, r, dtype=torch.float32, device=a.device)
     args = (a, h, c, part, m, d, r, a.stride(0), rows)
-    meta = dict(BLOCK_M=row.m, BLOCK_D=row.n, BLOCK_R=_padded(r), DOT=_operand(a.dtype))
-    _run(kernels_linear.outer, "outer", (triton.cdiv(d, row.n), splits), a, args, row, **meta)
+    meta = dict(BLOCK_M=row.m, BLOCK_D=row.n, BLOCK_R=padded(r), DOT=operand(a.dtype))
+    run(kernels_linear.outer, "adalora.outer", (triton.cdiv(d, row.n), splits), a, args, row, **meta)
     return part.sum(0)
 
 
@@ -135,7 +116,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, left, right, c, h = ctx.saved_tensors
-        grad = _dense_rows(grad)
+        grad = dense_rows(grad)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x, g = _matmul(grad, weight, None, left, c, right)
@@ -145,11 +126,6 @@ class _Linear(torch.autograd.Function):
         d_right = _outer(x, g, c).T.to(right.dtype)
         d_values = ctx.scale * (g * h).sum(0)
         return d_x, None, None, d_left, d_values, d_right, None
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """`x` itself when the entries of a row lie side by side, which is all that the kernels ask; otherwise a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def fused_linear(
@@ -164,7 +140,7 @@ def fused_linear(
         raise ValueError(
             f"the adapter has rank {values.shape[0]}; the kernel takes 1 to {MOST_RANK}, use the torch path"
         )
-    rows = _dense_rows(x.reshape(-1, x.shape[-1]))
+    rows = dense_rows(x.reshape(-1, x.shape[-1]))
     if not rows.shape[0]:
         return x.new_zeros(*x.shape[:-1], weight.shape[0])
     return _Linear.apply(rows, weight, bias, left, values, right, scale).view(*x.shape[:-1], weight.shape[0])
@@ -208,7 +184,7 @@ class ImportanceTable:
         numbers = (beta1, 1 - beta1, beta2, 1 - beta2, self.rank)
         args = (self.work, self._addresses, weights, sensitivity, uncertainty, self.part, *numbers)
         meta = dict(BLOCK=self.tile, BLOCK_R=triton.next_power_of_2(self.rank), SMOOTH_ONLY=smooth_only)
-        _run(kernels_importance.update_importance, "importance", (len(self.work),), weights, args, STREAM, **meta)
+        run(kernels_importance.update_importance, "adalora.importance", len(self.work), weights, args, STREAM, **meta)
 
     def scores(self) -> Tensor:
         """S of all triplets at the latest update, [n, R]."""
@@ -216,7 +192,7 @@ class ImportanceTable:
         out = torch.empty(n, self.rank, device=self.part.device)
         args = (self.part, self.first, self.lengths, out, self.rank)
         meta = dict(BLOCK_R=triton.next_power_of_2(self.rank))
-        _run(kernels_importance.add_scores, "scores", (n,), out, args, ONE_WARP, **meta)
+        run(kernels_importance.add_scores, "adalora.scores", n, out, args, ONE_WARP, **meta)
         return out
 
 

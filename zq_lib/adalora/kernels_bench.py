@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from zq_lib.adalora import reference
 from zq_lib.adalora.adapter import Triplets
 from zq_lib.adalora.importance import Importance
-from zq_lib.adalora.kernels import INTERPRETED, fused_linear
+from zq_lib.adalora.kernels import fused_linear
 from zq_lib.core.kernels import GpuCase
+from zq_lib.core.kernels_launch import INTERPRETED
 from zq_lib.core.numerics import relative_rms, tolerance
 
 SCALE = 2.0

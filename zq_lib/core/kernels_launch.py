@@ -59,13 +59,16 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def run(kernel: Any, name: str, grid: int, like: Tensor, args: tuple, launch: Any, **meta: Any) -> None:
-    """Start `kernel` with `grid` programs on the device of `like`, and record it."""
-    if grid < 1:  # a grid of zero runs nothing and says nothing
-        raise ValueError(f"{name} has a grid of {grid} programs; none of its tensors may be empty.")
+def run(
+    kernel: Any, name: str, grid: int | tuple[int, ...], like: Tensor, args: tuple, launch: Any, **meta: Any
+) -> None:
+    """Start `kernel` with a grid of programs on the device of `like`, and record it."""
+    grid = (grid,) if isinstance(grid, int) else grid
+    if min(grid) < 1:  # a grid of zero runs nothing and says nothing
+        raise ValueError(f"{name} has a grid of {min(grid)} programs; none of its tensors may be empty.")
     with torch.cuda.device_of(like):
-        kernel[(grid,)](*args, **meta, num_warps=launch.warps, num_stages=launch.stages)
-    record(Launch(name, "interpreter" if INTERPRETED else "triton", (grid,), {**meta, "warps": launch.warps}))
+        kernel[grid](*args, **meta, num_warps=launch.warps, num_stages=launch.stages)
+    record(Launch(name, "interpreter" if INTERPRETED else "triton", grid, {**meta, "warps": launch.warps}))
 
 
 @triton.jit

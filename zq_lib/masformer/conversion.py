@@ -54,7 +54,8 @@ def attach(
     """Let `model` attend by a plan until the handle's `detach`, or the end of its `with` block.
 
     Args: `plan`, a SpanPlan or a MASFormerConfig (its fields can also be given, or overridden, as keywords); without
-    either, the plan that the model's config carries. `generate` then uses a `SpanCache` unless it is given a cache.
+    either, the plan that the model's config carries. `backend` "auto", "torch" or "triton" computes the local layers.
+    `generate` then uses a `SpanCache` unless it is given a cache.
 
     Raises ValueError, with the model as it was, for layers or heads that do not exist, windows above the model's
     context, and models that cannot be converted: encoder-decoders, cross-attention, own sliding windows, soft-capped
