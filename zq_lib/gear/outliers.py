@@ -76,12 +76,3 @@ def to_entries(mask: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
         return x.to(dtype).view(b, m, -1)
 
     return entries(token % PAGE, torch.uint8), entries(channel, narrow), entries(delta[mask], torch.float16), start
-
-
-def places(start: Tensor, heads: int) -> Tensor:
-    """For every entry of one segment list, head * padded tokens + first token of its page: [B, m, N] int64."""
-    b, m, last = start.shape
-    pages = (last - 1) // heads
-    counts = start.diff(dim=-1).reshape(-1).long()
-    first = torch.arange(heads * pages, device=start.device) * PAGE
-    return first.repeat(b * m).repeat_interleave(counts).view(b, m, -1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from zq_lib.core import backend
 from zq_lib.gear.config import Codec
 from zq_lib.gear.lowrank import factorise, to_int8
-from zq_lib.gear.outliers import PAGE, outlier_mask, places, to_entries
+from zq_lib.gear.outliers import PAGE, outlier_mask, to_entries
 from zq_lib.gear.packing import pack, row_bytes, unpack
 from zq_lib.gear.quantize import encode, group_view, ranges
 
@@ -176,18 +176,23 @@ class Packed:
 
     def restore_into(self, out: Tensor, start: int = 0) -> None:
         """Write the m n restored tokens to out[:, :, start:]. `out` [B, G, S, D] float32, contiguous."""
-        n, d = self.tokens, self.width
+        n = self.tokens
         here = out[:, :, start : start + self.count * n].unflatten(2, (self.count, n)).transpose(1, 2)
         self._backbone_into(here)  # [B, m, G, n, D]
         if (found := self.factors()) is not None:
             here += found[0] @ found[1].mT
         if self.out_delta is not None:
-            pages = -(-n // PAGE)
-            place = places(self.out_start, self.heads) + self.out_token  # head * padded tokens + token
-            head, token = place // (pages * PAGE), place % (pages * PAGE)
-            token = token + torch.arange(start, start + self.count * n, n, device=out.device)[:, None]
-            index = ((head * out.shape[2] + token) * d + self.out_channel).flatten(1)
-            out.view(out.shape[0], -1).scatter_add_(1, index, self.out_delta.float().flatten(1))
+            b, heads, size, d = out.shape
+            first = torch.arange(0, b * heads * size, size, device=out.device).view(b, 1, heads, 1) + start
+            first = first + torch.arange(0, self.count * n, n, device=out.device)[:, None, None]
+            first = first + torch.arange(0, n, PAGE, device=out.device)  # row of each page in `out`, [B, m, G, pages]
+            index = (
+                (first * d)
+                .flatten()
+                .repeat_interleave(self.out_start.diff(dim=-1).flatten(), output_size=self.out_token.numel())
+            )
+            index.add_(self.out_token.flatten(), alpha=d).add_(self.out_channel.flatten())
+            out.view(-1).index_add_(0, index, self.out_delta.flatten().float())
 
     def dequantize(self) -> Tensor:
         """The restored tensor, [B, G, m n, D] float32."""
