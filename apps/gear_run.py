@@ -141,7 +141,8 @@ def look(memory: Memory, settings: Settings) -> Look:
     x, block = exact[side].float(), layer.blocks[0]
     packed, codec = (block.keys, gear.keys) if side == 0 else (block.values, gear.values)
     inside = x[:, None, :, layer.sinks : layer.sinks + block.length]  # [1, 1, G, n, D]
-    residual = inside - packed.backbone()
+    backbone = packed.backbone().transpose(1, 2).flatten(2, 3)[:, None]  # segments in a row, as `inside`
+    residual = inside - backbone
     chosen = outlier_mask(inside, codec, None)
     marks = torch.zeros(x.shape[2], WIDTH, dtype=torch.bool)
     if chosen is not None:

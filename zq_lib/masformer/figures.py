@@ -157,11 +157,11 @@ def importance(rows: Sequence[Row], chosen: str = "in 8") -> Figure:
 def plans(rows: Sequence[Row], title: str = "Perplexity hardly notices what retrieval loses") -> Figure:
     """Retrieval and perplexity side by side: rows with `plan`, `full layers`, `window`, `sinks`,
     `accuracy`, `perplexity`."""
-    usual, window = max(r["sinks"] for r in rows), next((r["window"] for r in rows if r["window"]), "")
+    usual, window = max(r["sinks"] for r in rows), next((r["window"] for r in rows if r.get("window")), "")
     names = [
         r["plan"]
         + (f", {r['full layers']}" if r["plan"] not in ("full", "all local") else "")
-        + (f", window {r['window']}" if r["window"] not in ("", window) else "")
+        + (f", window {r['window']}" if r.get("window", "") not in ("", window) else "")
         + (", no sinks" if r["sinks"] != usual and r["plan"] != "full" else "")
         for r in rows
     ]

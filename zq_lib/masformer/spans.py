@@ -35,6 +35,7 @@ class Cost:
 
     @property
     def total(self) -> float:
+        """Score entries of all layers."""
         return sum(self.layers)
 
     @property
