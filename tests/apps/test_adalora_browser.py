@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browsing import open_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.assets]
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
@@ -27,16 +28,8 @@ def address() -> Iterator[str]:
 @pytest.fixture
 def page(page, address):
     """The page."""
-    _open(page, address)
+    open_page(page, address)
     return page
-
-
-def _open(page, url: str) -> None:
-    """Go to `url` and wait until its scripts listen: they attach a moment after the first paint."""
-    page.goto(url)
-    page.get_by_role("heading", level=1).wait_for()
-    page.locator("img").last.wait_for()
-    page.wait_for_timeout(700)
 
 
 def _set(page, label: str, value: int) -> None:
@@ -122,7 +115,7 @@ def test_visitors_do_not_mix_and_stop_ends_only_ones_own_training(page, browser,
     context = browser.new_context()
     context.set_default_timeout(SLOW)
     other = context.new_page()
-    _open(other, address)
+    open_page(other, address)
     before = _map(other).inner_text()
     _train(page)
     page.get_by_text("AdaLoRA: step").first.wait_for()
@@ -147,7 +140,7 @@ def test_the_page_fits_its_window_and_is_kept_as_pictures(browser, address, sche
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     context.set_default_timeout(SLOW)
     page = context.new_page()
-    _open(page, address)
+    open_page(page, address)
     page.screenshot(path=ARTIFACTS / f"adalora_{scheme}_{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if width == 1280:

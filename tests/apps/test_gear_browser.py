@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from browsing import open_page
 
 pytestmark = pytest.mark.browser
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
@@ -15,16 +16,8 @@ TYPED = " <img src=x onerror=\"document.title='broken'\"> <b>Ben</b> ${7+7} {{7+
 @pytest.fixture
 def page(page, gear_address):
     """GEAR's page."""
-    _open(page, gear_address)
+    open_page(page, gear_address)
     return page
-
-
-def _open(page, url: str) -> None:
-    """Go to `url` and wait until its scripts listen: they attach a moment after the first paint."""
-    page.goto(url)
-    page.get_by_role("heading", level=1).wait_for()
-    page.locator("img").last.wait_for()
-    page.wait_for_timeout(700)
 
 
 def _run(page) -> None:
@@ -101,7 +94,7 @@ def test_the_page_fits_its_window_and_is_kept_as_pictures(browser, gear_address,
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     context.set_default_timeout(SLOW)
     page = context.new_page()
-    _open(page, gear_address)
+    open_page(page, gear_address)
     page.screenshot(path=ARTIFACTS / f"gear_{scheme}_{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if width == 1280:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browsing import open_page
 
 pytestmark = pytest.mark.browser
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
@@ -28,16 +29,8 @@ def address(model) -> Iterator[str]:
 @pytest.fixture
 def page(page, address):
     """The page."""
-    _open(page, address)
+    open_page(page, address)
     return page
-
-
-def _open(page, url: str) -> None:
-    """Go to `url` and wait until its scripts listen: they attach a moment after the first paint."""
-    page.goto(url)
-    page.get_by_role("heading", level=1).wait_for()
-    page.locator("img").last.wait_for()
-    page.wait_for_timeout(700)
 
 
 def _ask(page) -> None:
@@ -117,7 +110,7 @@ def test_visitors_do_not_mix_and_stop_ends_only_ones_own_run(page, browser, addr
     context = browser.new_context()
     context.set_default_timeout(SLOW)
     other = context.new_page()
-    _open(other, address)
+    open_page(other, address)
     before = other.locator("img").first.get_attribute("alt")
     page.get_by_role("radio", name="It loses").press("Space")
     page.get_by_text("over this longer document").wait_for()
@@ -143,7 +136,7 @@ def test_the_page_fits_its_window_and_is_kept_as_pictures(browser, address, sche
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     context.set_default_timeout(SLOW)
     page = context.new_page()
-    _open(page, address)
+    open_page(page, address)
     page.screenshot(path=ARTIFACTS / f"masformer_{scheme}_{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if width == 1280:
