@@ -1,14 +1,17 @@
 """Compile every kernel for several GPUs on a machine that has none, and keep an eye on registers, memory and spills.
 
 `python -m zq_lib.core.kernels` compiles the `SPECS` of every built method and fails if one does not compile or does not
-fit; with `--write` it stores the figures in bench/results/aot.csv. Run it without TRITON_INTERPRET: Triton reads that
-variable when a kernel is decorated, and an interpreted kernel cannot be compiled.
+fit; with `--write` it stores the figures in bench/results/aot.csv. `--each` compiles one variant of every kernel and
+fails as well if a stored figure belongs to another source than today's: quick enough for every change. Run it without
+TRITON_INTERPRET: Triton reads that variable when a kernel is decorated, and an interpreted kernel cannot be compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import hashlib
 import re
 import subprocess
 import sys
@@ -76,6 +79,7 @@ class Compiled:
     shared: int = 0
     spills: int = 0
     triton: str = ""
+    source: str = ""  # fingerprint of what was compiled
     error: str = field(default="", compare=False)
 
 
@@ -93,6 +97,26 @@ class GpuCase:
     runs: Mapping[str, Callable[[], object]]
     flops: float
     moved: float
+
+
+def fingerprint(spec: KernelSpec) -> str:
+    """Eight hexadecimal digits for the kernel's code without comments, its helpers', constants, types and launch."""
+    from triton.runtime.jit import JITFunction
+
+    codes, names, waiting = {}, {}, [spec.kernel]
+    while waiting:
+        function = waiting.pop()
+        tree = ast.parse(function.src)
+        codes[function.fn.__qualname__] = ast.unparse(tree)
+        for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, JITFunction) and value.fn.__qualname__ not in codes:
+                waiting.append(value)
+            elif isinstance(value, int | float | str) or type(value).__name__ == "constexpr":
+                names[name] = str(value)
+    launch = sorted(spec.signature.items()), sorted((k, str(v)) for k, v in spec.constexprs.items())
+    parts = sorted(codes.items()), sorted(names.items()), *launch, spec.num_warps, spec.num_stages
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def compile_all(specs: Iterable[KernelSpec], targets: Sequence[Target] = TARGETS, method: str = "") -> list[Compiled]:
@@ -122,6 +146,7 @@ def _compile(spec: KernelSpec, target: Target, method: str) -> Compiled:
             hints[(i,)] = [["tt.divisibility", int(multiple)]]
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=dict(spec.constexprs), attrs=hints)
     row = dict(method=method, kernel=spec.name, variant=spec.variant, target=target.name, triton=triton.__version__)
+    row["source"] = fingerprint(spec)
     try:
         binary = triton.compile(
             source,
@@ -184,6 +209,31 @@ def write(rows: Iterable[Compiled], path: Path = RESULTS) -> None:
         table.writerows(asdict(row) for row in rows)
 
 
+def stale(path: Path = RESULTS) -> list[str]:
+    """What the stored figures lack, or have of another source than today's; empty if they are up to date."""
+    stored = {(r.method, r.kernel, r.variant, r.target): r.source for r in read(path)}
+    wanted = {
+        (m.slug, spec.name, spec.variant, target.name): fingerprint(spec)
+        for m in built() for spec in m.load("kernels").SPECS for target in TARGETS
+    }  # fmt: skip
+    return sorted(" ".join(key) for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
+
+
+def _jobs(each: bool) -> list[tuple[str, int, Target]]:
+    """Method, place in its SPECS and target; with `each` one variant of a kernel, in bf16 if there is one."""
+    jobs = []
+    for method in built():
+        chosen: dict[str, int] = {}
+        specs = method.load("kernels").SPECS
+        for i, spec in enumerate(specs):
+            first = chosen.setdefault(spec.name, i)
+            if "bf16" in spec.variant and "bf16" not in specs[first].variant:
+                chosen[spec.name] = i
+        places = chosen.values() if each else range(len(specs))
+        jobs += [(method.slug, i, target) for i in places for target in TARGETS]
+    return jobs
+
+
 def _one(job: tuple[str, int, Target]) -> Compiled:
     """Compile the i-th spec of a method; a process finds it by name because a kernel cannot be pickled."""
     slug, index, target = job
@@ -194,22 +244,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: compile everything on all cores, print the table, return 1 if anything failed and 0 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m zq_lib.core.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--write", nargs="?", const=RESULTS, type=Path, help="store the figures if all is well")
+    parser.add_argument("--each", type=Path, metavar="CSV", help="one variant of each kernel, figures written there")
     options = parser.parse_args(arguments)
+    if options.write and options.each:
+        parser.error("--write stores all variants and --each compiles one of each; give one of the two")
     if interpreting():
         sys.exit(INTERPRETED)
-    jobs = [(m.slug, i, t) for m in built() for i in range(len(m.load("kernels").SPECS)) for t in TARGETS]
     rows = []
     print(f"{'kernel':26}{'variant':14}{'target':8}{'registers':>10}{'shared':>9}{'spilled':>9}")
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # a fork of torch's threads may hang
-        for row in pool.map(_one, jobs):
+        for row in pool.map(_one, _jobs(bool(options.each))):
             rows.append(row)
             figures = f"{row.registers:10}{row.shared:9}{row.spills:9}"
             print(f"{row.method + '.' + row.kernel:26}{row.variant:14}{row.target:8}{figures}  {row.error}", flush=True)
     failed = sum(bool(row.error) for row in rows)
     print(f"{len(rows)} binaries, {failed} failed")
-    if options.write and not failed:
-        write(rows, options.write)
-    return int(failed > 0)
+    if (options.write or options.each) and not failed:
+        write(rows, options.write or options.each)
+    old = stale() if options.each else []
+    if old:
+        print(f"stored figures of another source; run python -m zq_lib.core.kernels --write: {'; '.join(old)}")
+    return int(failed > 0 or bool(old))
 
 
 if __name__ == "__main__":
