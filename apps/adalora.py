@@ -21,6 +21,7 @@ from zq_lib.adalora.config import SCORES
 from zq_lib.adalora.figures import rank_map
 from zq_lib.ui import pieces, serve
 from zq_lib.ui.page import note, page, side_by_side
+from zq_lib.ui.runs import Runs
 
 CLAIM = (
     "Every matrix begins with the same rank; while the budget shrinks, AdaLoRA lets go of what the loss needs least."
@@ -33,12 +34,7 @@ ABOUT = (
     "The fair comparison is at the same final budget and scale: LoRA of equal ranks, and a LoRA of the initial rank "
     "that is cut afterwards by SVD. The latter is a strong rival, and where all matrices need alike, equal ranks win.",
 )
-STATES = {
-    "ready": "Stored result of this example. Change anything and press Train.",
-    "queued": "Waiting for a free place.",
-    "stopped": "Stopped. The map shows this run as far as it came.",
-    "refused": "Nothing was trained.",
-}
+READY = "Stored result of this example. Change anything and press Train."
 OFTEN, SELDOM = 0.3, 1.5  # seconds between two updates of the page, and between two drawings, of a training
 
 
@@ -75,7 +71,7 @@ EXAMPLES = {
 }
 FIRST = next(iter(EXAMPLES))
 MATRIX = (1, "query")  # whose triplets are shown first
-RUNS = serve.Runs()
+RUNS = Runs("Stopped. The map shows this run as far as it came.", "Nothing was trained.")
 SEEN = (
     "map",
     "budget",
@@ -204,7 +200,7 @@ def build() -> gr.Blocks:
                 seed = gr.Slider(*LIMITS["seed"], s.seed, step=1, label="Seed")
         with frame.result:
             notice = gr.Markdown(EXAMPLES[FIRST].notice)
-            state = note(STATES["ready"])
+            state = note(READY)
             seen: dict[str, Any] = {"map": gr.HTML(views["map"])}
             scrub = gr.Slider(0, first.events, first.events, step=1, label="Scrub through the allocations")
             with gr.Row(equal_height=False):
@@ -227,7 +223,7 @@ def build() -> gr.Blocks:
                 for name in ("values", "scores"):
                     seen[name] = side_by_side(views[name], "zq-figure")
         seen["code"] = frame.code
-        shown, ticket = gr.State(first), gr.State(None)
+        shown = gr.State(first)
         schedule = [problem, init_rank, target_rank, steps, warmup, final, interval]
         controls = [*schedule, penalty, score, rate, seed, *plant]
         parts = [seen[name] for name in SEEN]
@@ -235,11 +231,7 @@ def build() -> gr.Blocks:
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         quick: dict[str, Any] = {"queue": False, **private}
-        go.click(_begin, None, [ticket, state], trigger_mode="multiple", **quick).then(
-            _run, [ticket, layer, kind, *controls], [*moving, *parts], show_progress_on=state,
-            trigger_mode="multiple", api_visibility="private", **serve.ONE_AT_A_TIME,
-        )  # fmt: skip
-        stop.click(_stop, None, None, **quick)
+        RUNS.connect(go.click, stop, _run, [layer, kind, *controls], [*moving, *parts])
         problem.input(_switch, problem, [steps, rate, needs], **quick).then(_plan, schedule, planned, **quick)
         for control in schedule[1:]:
             control.input(_plan, schedule, planned, trigger_mode="always_last", **quick)
@@ -252,12 +244,12 @@ def build() -> gr.Blocks:
         )  # fmt: skip
 
         def show(name: str, request: gr.Request) -> list[Any]:
-            RUNS.end(request.session_hash)
+            RUNS.end(request)
             result, chosen = results[name], EXAMPLES[name]
             if name not in drawn:
                 drawn[name] = everything(result, *MATRIX)
             s = result.settings
-            moved = [STATES["ready"], result, _scrubber(result), _layers(s, MATRIX[0])]
+            moved = [READY, result, _scrubber(result), _layers(s, MATRIX[0])]
             above = [chosen.notice, MATRIX[1], _plant_name(s.plant), *_switch(s.problem)[2:], _planned(s)]
             return [*above, *moved, *_controls(s), *(drawn[name][n] for n in SEEN)]
 
@@ -269,36 +261,20 @@ def build() -> gr.Blocks:
     return blocks
 
 
-def _begin(request: gr.Request) -> tuple[list[str], str]:
-    """End the visitor's run, if there is one, and take a ticket: Stop also reaches a run that still waits."""
-    RUNS.end(request.session_hash)
-    return RUNS.begin(request.session_hash), STATES["queued"]
-
-
-def _stop(request: gr.Request) -> None:
-    RUNS.end(request.session_hash, STATES["stopped"])
-
-
 def _run(
     ticket: list[str], layer: int, kind: str, *controls: Any,
     progress: gr.Progress = gr.Progress(),  # noqa: B008
 ) -> Iterator[list[Any]]:  # fmt: skip
     """Yield the page's outputs while AdaLoRA and its rivals train."""
+    yield from RUNS.follow(ticket, 4 + len(SEEN), _pages(progress, layer, kind, *controls))
+
+
+def _pages(progress: gr.Progress, layer: int, kind: str, *controls: Any) -> Iterator[list[Any]]:
     progress(0, desc="Building the problem")
-    unchanged = [gr.skip()] * (3 + len(SEEN))
-    try:
-        with serve.readable():
-            for moment, outputs in _watched(_settings(*controls), layer, kind):
-                if ticket:
-                    if ticket[0]:
-                        yield [ticket[0], *unchanged]
-                    return
-                if outputs:
-                    progress(moment.done, desc=moment.said)
-                    yield [f"{moment.said}.", *outputs]
-    except gr.Error:
-        yield [STATES["refused"], *unchanged]
-        raise
+    for moment, outputs in _watched(_settings(*controls), layer, kind):
+        if outputs:
+            progress(moment.done, desc=moment.said)
+        yield [f"{moment.said}.", *outputs] if outputs else []
 
 
 def _watched(settings: Settings, layer: int, kind: str) -> Iterator[tuple[Moment, list[Any]]]:

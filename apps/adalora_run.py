@@ -19,6 +19,7 @@ from apps.adalora_settings import Settings, names
 from zq_lib.adalora import RankTrace, lab, to_peft_adalora, to_peft_lora
 from zq_lib.adalora.adaptation import Adaptation
 from zq_lib.core.lab import Row
+from zq_lib.ui.stored import rounded, write
 
 STORED = Path(__file__).parent / "data" / "adalora.json"
 KEPT = 32  # settings whose rivals are remembered
@@ -61,12 +62,12 @@ class Result:
     def to_data(self) -> dict[str, Any]:
         """JSON types only, floats to four digits."""
         trace = {
-            **{name: _plain(getattr(self.trace, name)) for name in ("names", "steps", "budgets", "regrown")},
-            **{name: _plain(getattr(self.trace, name)) for name in ("thresholds", "scores", "values")},
+            **{name: rounded(getattr(self.trace, name)) for name in ("names", "steps", "budgets", "regrown")},
+            **{name: rounded(getattr(self.trace, name)) for name in ("thresholds", "scores", "values")},
             "keep": [["".join("01"[int(on)] for on in matrix) for matrix in event] for event in self.trace.keep],
         }
-        parts = {name: _plain(getattr(self, name)) for name in ("losses", "penalties", "rows")}
-        return {"settings": _plain(asdict(self.settings)), "trace": trace, **parts}
+        parts = {name: rounded(getattr(self, name)) for name in ("losses", "penalties", "rows")}
+        return {"settings": rounded(asdict(self.settings)), "trace": trace, **parts}
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Result:
@@ -176,16 +177,6 @@ def trace_file(trace: RankTrace) -> bytes:
         return (Path(folder) / "trace.npz").read_bytes()
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 @lru_cache(maxsize=1)
 def stored() -> dict[str, Result]:
     """The examples' results: `python -m apps.adalora --write-first-view`."""
@@ -194,10 +185,5 @@ def stored() -> dict[str, Result]:
 
 def store(results: dict[str, Result]) -> None:
     """Write them, one part per line."""
-    members = []
-    for name, result in results.items():
-        lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in result.to_data().items()]
-        members.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
-    STORED.parent.mkdir(exist_ok=True)
-    STORED.write_text("{\n" + ",\n".join(members) + "\n}\n", encoding="utf-8")
+    write(STORED, {name: result.to_data() for name, result in results.items()})
     stored.cache_clear()

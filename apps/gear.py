@@ -35,6 +35,7 @@ from zq_lib.gear.config import BITS, SCHEMES
 from zq_lib.gear.measure import TEXTS, Score
 from zq_lib.ui import pieces, serve
 from zq_lib.ui.page import note, page, side_by_side
+from zq_lib.ui.runs import Runs
 
 CLAIM = "A text remembered in two to eight bits a number: what each part of GEAR costs in bytes, and what it repairs."
 ABOUT = (
@@ -46,10 +47,7 @@ ABOUT = (
     "The chart of same bytes is the fair question: plain quantisation with more bits may cost as much and be closer. "
     "On this small model, with heads only 64 wide, it often is.",
 )
-STATES = {
-    "ready": "Stored result of this example. Change anything and press Compress.",
-    "stopped": "Stopped. What was not measured yet still shows the previous run.",
-}
+READY = "Stored result of this example. Change anything and press Compress."
 WRITES = {"full": "Full precision writes", "compressed": "The compressed cache writes"}
 BOX = (
     "border: 1px solid var(--border-color-primary); border-radius: 8px; padding: .4rem .8rem; min-height: 5rem; "
@@ -90,7 +88,7 @@ EXAMPLES = {
     ),
 }
 FIRST = next(iter(EXAMPLES))
-RUNS = serve.Runs()
+RUNS = Runs("Stopped. What was not measured yet still shows the previous run.")
 SEEN = ("verdict", "sizes", "same", "full", "compressed", "parting", "map", "spectrum", "growth", "quality", "code")
 
 
@@ -204,7 +202,7 @@ def build() -> gr.Blocks:
                 new_tokens = gr.Slider(1, MOST_NEW, s.new_tokens, step=1, label="Answer length, in tokens")
         with frame.result:
             notice = gr.Markdown(EXAMPLES[FIRST].notice)
-            state = note(STATES["ready"])
+            state = note(READY)
             seen: dict[str, Any] = {}
             with gr.Row(equal_height=False):
                 for name in ("sizes", "same"):
@@ -232,11 +230,7 @@ def build() -> gr.Blocks:
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         quick: dict[str, Any] = {"queue": False, **private}
-        go.click(
-            _run, controls, [state, shown, *parts], show_progress_on=state, trigger_mode="multiple",
-            api_visibility="private", **serve.ONE_AT_A_TIME,
-        )  # fmt: skip
-        stop.click(_stop, None, None, **quick)
+        RUNS.connect(go.click, stop, _run, controls, [state, shown, *parts])
         preset.input(_fill, preset, [*library, size], **quick)
         for control in library:
             if control in (group, buffer):
@@ -256,12 +250,12 @@ def build() -> gr.Blocks:
             )  # fmt: skip
 
         def show(name: str, request: gr.Request) -> list[Any]:
-            RUNS.end(request.session_hash)
+            RUNS.end(request)
             result, chosen = results[name], EXAMPLES[name]
             if name not in drawn:
                 drawn[name] = _views(result)
             views, s = drawn[name], result.settings
-            above = [chosen.notice, STATES["ready"], vars(s), s.preset, _begins(s.text)]
+            above = [chosen.notice, READY, vars(s), s.preset, _begins(s.text)]
             return [*above, *_controls(s), _size(s), *(views[n] for n in SEEN)]
 
         example.input(show, example, [notice, state, shown, preset, begins, *controls, size, *parts], **quick)
@@ -272,33 +266,27 @@ def build() -> gr.Blocks:
 
 
 def _run(
-    key_bits: int, value_bits: int, scheme: str, group: int, key_outliers: float, value_outliers: float,
-    rank: int, rank_decode: int, buffer: int,
-    sinks: int, clip: bool, int8: bool, text: str, more: str, new_tokens: int, side: str, layer: int, head: int,
-    request: gr.Request,
+    ticket: list[str], *controls: Any,
     progress: gr.Progress = gr.Progress(),  # noqa: B008
 ) -> Iterator[list[Any]]:  # fmt: skip
     """Yield the page's outputs as they are measured."""
-    end = RUNS.begin(request.session_hash)
+    yield from RUNS.follow(ticket, 2 + len(SEEN), _pages(progress, *controls))
+
+
+def _pages(
+    progress: gr.Progress, key_bits: int, value_bits: int, scheme: str, group: int, key_outliers: float,
+    value_outliers: float, rank: int, rank_decode: int, buffer: int, sinks: int, clip: bool, int8: bool, text: str,
+    more: str, new_tokens: int, side: str, layer: int, head: int,
+) -> Iterator[list[Any]]:  # fmt: skip
     progress(0, desc="Loading the model")
-    with serve.readable():
-        settings = Settings(
-            key_bits, value_bits, scheme, group, key_outliers / 100, value_outliers / 100, rank, rank_decode, buffer,
-            sinks, clip,
-            8 if int8 else 16, text, more, new_tokens, side, layer, head,
-        )  # fmt: skip
-        for moment in run.watch(*serve.language_model(), settings):
-            if end:
-                if end[0]:
-                    yield [end[0], *[gr.skip()] * (1 + len(SEEN))]
-                return
-            progress(moment.done, desc=moment.said)
-            news = _news(settings, moment)
-            yield [f"{moment.said}.", vars(settings), *(news.get(name, gr.skip()) for name in SEEN)]
-
-
-def _stop(request: gr.Request) -> None:
-    RUNS.end(request.session_hash, STATES["stopped"])
+    settings = Settings(
+        key_bits, value_bits, scheme, group, key_outliers / 100, value_outliers / 100, rank, rank_decode, buffer,
+        sinks, clip, 8 if int8 else 16, text, more, new_tokens, side, layer, head,
+    )  # fmt: skip
+    for moment in run.watch(*serve.language_model(), settings):
+        progress(moment.done, desc=moment.said)
+        news = _news(settings, moment)
+        yield [f"{moment.said}.", vars(settings), *(news.get(name, gr.skip()) for name in SEEN)]
 
 
 def _news(settings: Settings, moment: Moment) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from zq_lib.gear.cache import GearLayer
 from zq_lib.gear.measure import TEXTS, Score
 from zq_lib.gear.outliers import outlier_mask
 from zq_lib.gear.view import NAME
+from zq_lib.ui.stored import rounded, write
 
 STORED = Path(__file__).parent / "data" / "gear.json"
 MAP = 128  # tokens of the error map
@@ -83,7 +84,7 @@ class Result:
     def to_data(self) -> dict[str, Any]:
         """JSON types only, floats to four digits."""
         sides = {name: asdict(getattr(self, name)) for name in ("settings", "look", "full", "compressed")}
-        return _rounded({**sides, "score": _score_data(self.score), "weight": asdict(self.weight)})
+        return rounded({**sides, "score": _score_data(self.score), "weight": asdict(self.weight)})
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Result:
@@ -95,7 +96,7 @@ class Result:
 
 
 def _score_data(score: Score) -> dict[str, Any]:
-    return _rounded(
+    return rounded(
         {"kl": score.kl.tolist(), "agree": score.agree.int().tolist(), "bits": score.bits, "bytes": score.bytes}
     )
 
@@ -297,14 +298,6 @@ def plain_scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     return {name: score(model, memory, gear) for name, gear in PLAIN.items()}
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 @lru_cache(maxsize=1)
 def stored() -> tuple[dict[str, Result], dict[str, dict[str, Score]]]:
     """The examples' results, and the plain settings' scores by text: `python -m apps.gear --write-first-view`."""
@@ -317,13 +310,5 @@ def store(results: dict[str, Result], plain: dict[str, dict[str, Score]]) -> Non
     """Write them, one part per line."""
     examples = {name: r.to_data() for name, r in results.items()}
     scores = {text: {name: _score_data(s) for name, s in found.items()} for text, found in plain.items()}
-    groups = []
-    for title, group in (("examples", examples), ("plain", scores)):
-        members = []
-        for name, parts in group.items():
-            lines = [f"   {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in parts.items()]
-            members.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n  }")
-        groups.append(f" {json.dumps(title)}: {{\n" + ",\n".join(members) + "\n }")
-    STORED.parent.mkdir(exist_ok=True)
-    STORED.write_text("{\n" + ",\n".join(groups) + "\n}\n", encoding="utf-8")
+    write(STORED, {"examples": examples, "plain": scores}, depth=3)
     stored.cache_clear()

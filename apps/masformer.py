@@ -30,6 +30,7 @@ from apps.masformer_text import story
 from apps.masformer_views import ASKED, PLANNED, SEEN, WRITES, asked, everything, planned
 from zq_lib.ui import pieces, serve
 from zq_lib.ui.page import note, page, side_by_side
+from zq_lib.ui.runs import Runs
 
 CLAIM = (
     "A few layers see the whole text, all others a short window: choose the right few, and the model still finds what "
@@ -44,13 +45,8 @@ ABOUT = (
     "Mask, cone and price are counted, not timed: the end-to-end gain (Amdahl) is what is left when everything but "
     "attention stays as it was. No training is done here; the paper trains on after the change.",
 )
-STATES = {
-    "ready": "Stored result of this example. Change anything and press Ask for the code.",
-    "changed": "Masks, cone and price follow your plan. The answers are of the previous run: press Ask for the code.",
-    "queued": "Waiting for a free place.",
-    "stopped": "Stopped. The answers are of the previous run.",
-    "refused": "Nothing was run.",
-}
+READY = "Stored result of this example. Change anything and press Ask for the code."
+CHANGED = "Masks, cone and price follow your plan. The answers are of the previous run: press Ask for the code."
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ EXAMPLES = {
     ),
 }
 FIRST = next(iter(EXAMPLES))
-RUNS = serve.Runs()
+RUNS = Runs("Stopped. The answers are of the previous run.")
 warm = serve.language_model
 
 
@@ -176,7 +172,7 @@ def build() -> gr.Blocks:
                 )  # fmt: skip
         with frame.result:
             notice = gr.Markdown(EXAMPLES[FIRST].notice)
-            state = note(STATES["ready"])
+            state = note(READY)
             seen: dict[str, Any] = {"verdict": gr.HTML(views["verdict"])}
             with gr.Row(equal_height=False):
                 for name in ("digits", "cone"):
@@ -190,7 +186,6 @@ def build() -> gr.Blocks:
             for name in ("measured", "price"):
                 seen[name] = gr.HTML(views[name])
         seen["code"], seen["sentence"] = frame.code, sentence
-        ticket = gr.State(None)
         planning = [full, window, kind, sinks, length]
         asking = [words, document, code, depth]
         controls = [*planning, *asking]
@@ -198,11 +193,7 @@ def build() -> gr.Blocks:
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         quick: dict[str, Any] = {"queue": False, **private}
-        go.click(_begin, None, [ticket, state], trigger_mode="multiple", **quick).then(
-            _run, [ticket, *controls], [state, *(seen[name] for name in ASKED)], show_progress_on=state,
-            trigger_mode="multiple", api_visibility="private", **serve.ONE_AT_A_TIME,
-        )  # fmt: skip
-        stop.click(_stop, None, None, **quick)
+        RUNS.connect(go.click, stop, _run, controls, [state, *(seen[name] for name in ASKED)])
         looked = [state, *(seen[name] for name in PLANNED)]
         look: dict[str, Any] = {"fn": _look, "inputs": controls, "outputs": looked, **quick}
         read: dict[str, Any] = {"fn": _read, "inputs": controls, "outputs": [sentence, frame.code], **quick}
@@ -214,12 +205,12 @@ def build() -> gr.Blocks:
         gr.on([depth.input, code.blur, document.blur], trigger_mode="always_last", **read)
 
         def show(name: str, request: gr.Request) -> list[Any]:
-            RUNS.end(request.session_hash)
+            RUNS.end(request)
             result, chosen = results[name], EXAMPLES[name]
             if name not in drawn:
                 drawn[name] = everything(result)
             views, s = drawn[name], result.settings
-            above = [chosen.notice, STATES["ready"], place_of(s.full), len(s.full)]
+            above = [chosen.notice, READY, place_of(s.full), len(s.full)]
             return [*above, *_controls(s), *(views[n] for n in SEEN)]
 
         example.input(show, example, [notice, state, place, count, *controls, *parts], **quick)
@@ -229,40 +220,22 @@ def build() -> gr.Blocks:
     return blocks
 
 
-def _begin(request: gr.Request) -> tuple[list[str], str]:
-    """End the visitor's run, if there is one, and take a ticket: Stop also reaches a run that still waits."""
-    RUNS.end(request.session_hash)
-    return RUNS.begin(request.session_hash), STATES["queued"]
-
-
-def _stop(request: gr.Request) -> None:
-    RUNS.end(request.session_hash, STATES["stopped"])
-
-
 def _run(
     ticket: list[str], *controls: Any,
     progress: gr.Progress = gr.Progress(),  # noqa: B008
 ) -> Iterator[list[Any]]:  # fmt: skip
-    """Yield the page's answers while the model reads, first with full attention and then with the plan.
+    """Yield the page's answers while the model reads, first with full attention and then with the plan."""
+    yield from RUNS.follow(ticket, 1 + len(ASKED), _pages(progress, *controls))
 
-    What is counted stays with the controls, which may have moved on.
-    """
-    unchanged = [gr.skip()] * len(ASKED)
-    try:
-        with serve.readable():
-            settings = _settings(*controls)
-            progress(0, desc="Loading the model")
-            for moment in run.watch(*serve.language_model(), settings):
-                if ticket:
-                    if ticket[0]:
-                        yield [ticket[0], *unchanged]
-                    return
-                progress(moment.done, desc=moment.said)
-                views = asked(moment.result) if moment.result else {}
-                yield [f"{moment.said}.", *(views.get(name, gr.skip()) for name in ASKED)]
-    except gr.Error:
-        yield [STATES["refused"], *unchanged]
-        raise
+
+def _pages(progress: gr.Progress, *controls: Any) -> Iterator[list[Any]]:
+    """What is counted stays with the controls, which may have moved on."""
+    settings = _settings(*controls)
+    progress(0, desc="Loading the model")
+    for moment in run.watch(*serve.language_model(), settings):
+        progress(moment.done, desc=moment.said)
+        views = asked(moment.result) if moment.result else {}
+        yield [f"{moment.said}.", *(views.get(name, gr.skip()) for name in ASKED)]
 
 
 def _fill(place: str | None, count: int) -> tuple[str, int, list[int]]:
@@ -285,7 +258,7 @@ def _look(*controls: Any) -> list[Any]:
         views = planned(_settings(*controls))
     except ValueError as error:  # on the way to a setting, so no alarm yet
         views = {"sentence": pieces.paragraph(str(error))}
-    state = STATES["changed"] if "cone" in views else gr.skip()
+    state = CHANGED if "cone" in views else gr.skip()
     return [state, *(views.get(name, gr.skip()) for name in PLANNED)]
 
 

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from apps.masformer_settings import LEAST_TOKENS, MOST_TOKENS, QUESTION, Settings
 from zq_lib.masformer import SpanCache, SpanPlan, attach
+from zq_lib.ui.stored import rounded, write
 
 STORED = Path(__file__).parent / "data" / "masformer.json"
 CHUNK = 128  # tokens read between two looks at the page's Stop button
@@ -60,7 +61,7 @@ class Result:
 
     def to_data(self) -> dict[str, Any]:
         """JSON types only, floats to four digits."""
-        return _rounded(asdict(self))
+        return rounded(asdict(self))
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Result:
@@ -182,14 +183,6 @@ def _nbytes(cache: DynamicCache | SpanCache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 @lru_cache(maxsize=1)
 def stored() -> dict[str, Result]:
     """The examples' results as written by `python -m apps.masformer --write-first-view`."""
@@ -198,10 +191,5 @@ def stored() -> dict[str, Result]:
 
 def store(results: dict[str, Result]) -> None:
     """Write them, one part per line."""
-    parts = []
-    for name, result in results.items():
-        lines = [f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in result.to_data().items()]
-        parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
-    STORED.parent.mkdir(exist_ok=True)
-    STORED.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    write(STORED, {name: result.to_data() for name, result in results.items()})
     stored.cache_clear()

@@ -19,6 +19,7 @@ from zq_lib.pasta import MarkupError
 from zq_lib.pasta.config import PROTECT
 from zq_lib.ui import pieces, serve
 from zq_lib.ui.page import note, page, side_by_side
+from zq_lib.ui.runs import Runs
 
 CLAIM = "Mark some words: a few attention heads then look almost only at them, and the answer follows. No training."
 ABOUT = (
@@ -29,10 +30,7 @@ ABOUT = (
     "The numbers tell the price: attention given to the marks is taken from the rest of the prompt, so answers may "
     "repeat themselves or forget the question.",
 )
-STATES = {
-    "ready": "Stored result of this example. Change anything and press Steer.",
-    "stopped": "Stopped. The pictures still show the previous run.",
-}
+READY = "Stored result of this example. Change anything and press Steer."
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ EXAMPLES = {
 FIRST = next(iter(EXAMPLES))
 CHOOSE = "Or choose the words"
 OPEN = "To choose words, close the mark that is open in the text"
-RUNS = serve.Runs()
+RUNS = Runs("Stopped. The pictures still show the previous run.")
 warm = serve.language_model
 
 
@@ -137,7 +135,7 @@ def build() -> gr.Blocks:
                 new_tokens = gr.Slider(1, MOST_NEW, first.settings.new_tokens, step=1, label="Answer length, in tokens")
         with frame.result:
             notice = gr.Markdown(EXAMPLES[FIRST].notice)
-            state = note(STATES["ready"])
+            state = note(READY)
             with gr.Row():
                 plain = gr.Textbox(
                     answers[0], label="Unsteered answer", lines=4, max_lines=8, interactive=False, min_width=240
@@ -158,28 +156,18 @@ def build() -> gr.Blocks:
         seen = [plain, steered, bars, maps, heat, *tables, frame.code]
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        run: dict[str, Any] = {
-            "fn": _run,
-            "inputs": controls,
-            "outputs": [state, *seen],
-            "show_progress_on": state,
-            "api_visibility": "private",
-            **serve.ONE_AT_A_TIME,
-        }
-        go.click(**run, trigger_mode="multiple")
-        power.release(**run, trigger_mode="always_last")
-        stop.click(_stop, None, None, queue=False, **private)
+        RUNS.connect([go.click, power.release], stop, _run, controls, [state, *seen])
         # gradio's `input` misses what is pasted or deleted, so the words follow every change
         text.change(_read_words, text, words, queue=False, trigger_mode="always_last", **private)
         words.input(_write_words, [text, words], [text], queue=False, **private)
         power.change(lambda p: gr.update(label=_alpha_label(p)), power, power, queue=False, **private)
 
         def show(name: str, request: gr.Request) -> list[Any]:
-            RUNS.end(request.session_hash)
+            RUNS.end(request)
             result, chosen = results[name], EXAMPLES[name]
             s = chosen.settings
             shown = [s.text, _power(s.alpha), _form(s), s.heads, s.layer, s.head, s.protect, s.new_tokens]
-            above = [chosen.notice, gr.update(**_choices(s.text)), STATES["ready"]]
+            above = [chosen.notice, gr.update(**_choices(s.text)), READY]
             return [*above, *shown, *_answers(result), *_views(result)]
 
         outputs = [notice, words, state, *controls, *seen]
@@ -190,30 +178,23 @@ def build() -> gr.Blocks:
 
 
 def _run(
-    text: str, power: float, form: str, heads: str, layer: int, head: int, protect: str, new_tokens: int,
-    request: gr.Request,
+    ticket: list[str], *controls: Any,
     progress: gr.Progress = gr.Progress(),  # noqa: B008
 ) -> Iterator[list[Any]]:  # fmt: skip
     """Yield the page's outputs while both answers grow."""
-    unchanged = [gr.skip()] * 7
-    end = RUNS.begin(request.session_hash)
+    yield from RUNS.follow(ticket, 10, _pages(progress, *controls))
+
+
+def _pages(
+    progress: gr.Progress, text: str, power: float, form: str, heads: str, layer: int, head: int, protect: str,
+    new_tokens: int,
+) -> Iterator[list[Any]]:  # fmt: skip
     progress(0, desc="Loading the model")
-    with serve.readable():
-        settings = Settings(
-            text, form == "chat", 10**power, heads, _whole(layer), _whole(head), protect, int(new_tokens)
-        )
-        for moment in watch(*serve.language_model(), settings):
-            if end:
-                if end[0]:
-                    yield [end[0], gr.skip(), gr.skip(), *unchanged]
-                return
-            views = _views(moment.result) if moment.result else unchanged
-            progress(_done(moment, settings), desc=moment.said)
-            yield [f"{moment.said}.", moment.answers["plain"], moment.answers["steered"], *views]
-
-
-def _stop(request: gr.Request) -> None:
-    RUNS.end(request.session_hash, STATES["stopped"])
+    settings = Settings(text, form == "chat", 10**power, heads, _whole(layer), _whole(head), protect, int(new_tokens))
+    for moment in watch(*serve.language_model(), settings):
+        views = _views(moment.result) if moment.result else [gr.skip()] * 7
+        progress(_done(moment, settings), desc=moment.said)
+        yield [f"{moment.said}.", moment.answers["plain"], moment.answers["steered"], *views]
 
 
 def _done(moment: Moment, settings: Settings) -> float:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from zq_lib import pasta
 from zq_lib.pasta import items
 from zq_lib.pasta.steering import prompt_bias
+from zq_lib.ui.stored import rounded, write
 
 STORED = Path(__file__).parent / "data" / "pasta.json"
 MOST_TOKENS, MOST_NEW, MOST_CHARACTERS = 300, 48, 2000
@@ -118,7 +119,7 @@ class Comparison:
 
     def to_data(self) -> dict[str, Any]:
         """JSON types only, floats to four digits."""
-        return _rounded(asdict(self))
+        return rounded(asdict(self))
 
     @classmethod
     def from_data(cls, data: dict[str, Any]) -> Comparison:
@@ -237,14 +238,6 @@ def _pieces(text: str, most: int = 70) -> list[str]:
     return re.findall(rf".{{1,{most}}}(?:\s|$)|.{{1,{most}}}", text, re.DOTALL)
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 def stored() -> dict[str, Comparison]:
     """The examples' results as written by `python -m apps.pasta --write-first-view`."""
     return {name: Comparison.from_data(d) for name, d in json.loads(STORED.read_text(encoding="utf-8")).items()}
@@ -252,10 +245,4 @@ def stored() -> dict[str, Comparison]:
 
 def store(results: dict[str, Comparison]) -> None:
     """Write the examples' results, one side per line."""
-    data = {name: r.to_data() for name, r in results.items()}
-    parts = []
-    for name, d in data.items():
-        lines = [f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in d.items()]
-        parts.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
-    STORED.parent.mkdir(exist_ok=True)
-    STORED.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    write(STORED, {name: result.to_data() for name, result in results.items()})

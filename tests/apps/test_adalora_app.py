@@ -330,29 +330,11 @@ def test_an_example_fills_the_controls_with_its_settings(name):
     assert app._plant_name(s.plant) in PLANTS
 
 
-class _Visitor:
-    def __init__(self, name: str) -> None:
-        self.session_hash = name
-
-
-def test_stop_reaches_only_its_own_visitor_also_while_he_waits():
-    one, other = _Visitor("one"), _Visitor("other")
-    controls = [c["value"] if isinstance(c, dict) else c for c in app._controls(SMALL)]
-    (mine, _), (theirs, _) = app._begin(one), app._begin(other)
-    app._stop(other)
-    stopped = list(app._run(theirs, 0, "key", *controls))
-    assert [outputs[0] for outputs in stopped] == [app.STATES["stopped"]]
-    running = app._run(mine, 0, "key", *controls)
-    assert next(running)[0] == "Building the problem."
-    again, _ = app._begin(one)  # a second click ends the first run without a word
-    assert list(running) == [] and again == []
-
-
 def test_a_refused_setting_says_so_and_trains_nothing():
     controls = [c["value"] if isinstance(c, dict) else c for c in app._controls(SMALL)]
     controls[1], controls[2] = 2, 6
     refused = app._run([], 0, "key", *controls)
-    assert next(refused)[0] == app.STATES["refused"]
+    assert next(refused)[0] == "Nothing was trained."
     with pytest.raises(Exception, match="is not below init_rank=2"):
         next(refused)
 

@@ -31,26 +31,6 @@ def language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return _LOADED[0]
 
 
-class Runs:
-    """The running computation of every visitor, so that a Stop button can end it.
-
-    Gradio's own `cancels` leaves the event pending for a moment, in which a new click is lost, and then shows an error;
-    here the run ends itself at its next look.
-    """
-
-    def __init__(self) -> None:
-        self._ends: dict[str, list[str]] = {}
-
-    def begin(self, visitor: str | None) -> list[str]:
-        """A note that stays empty until the run has to end; then it holds what to say."""
-        self._ends[str(visitor)] = note = []
-        return note
-
-    def end(self, visitor: str | None, say: str = "") -> None:
-        """End the visitor's run, if there is one."""
-        self._ends.pop(str(visitor), []).append(say)
-
-
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
     """Turn the library's explained errors into a message on the page. Gradio reads messages as HTML, so they are
