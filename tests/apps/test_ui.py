@@ -70,7 +70,7 @@ def test_an_unknown_demo_is_refused_with_the_names_that_exist():
 def test_model_events_share_one_place_in_the_queue():
     blocks = METHODS["pasta"].load("app").build()
     slow = [f for f in blocks.fns.values() if f.concurrency_id == serve.ONE_AT_A_TIME["concurrency_id"]]
-    assert len(slow) == 3 and all(f.concurrency_limit == 1 for f in slow)
+    assert len(slow) == 2 and all(f.concurrency_limit == 1 for f in slow)
 
 
 def test_a_space_folder_has_its_metadata_and_imports_without_work(tmp_path):
