@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import textwrap
-
 import pytest
 
 SCRIPT = """
@@ -17,7 +10,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from zq_lib.adalora import AdaLoraConfig, attach
 
-mode, folder = sys.argv[1], sys.argv[2]
+folder, mode = sys.argv[1], sys.argv[2]
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 torch.manual_seed(0)
@@ -51,27 +44,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("mode", ["accelerate", "bare"])
-def test_two_processes_keep_the_same_triplets(mode: str, tmp_path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
-    common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "train.py"), mode, str(tmp_path)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    errors = [run.communicate(timeout=240)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
-    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+def test_two_processes_keep_the_same_triplets(mode: str, two_processes) -> None:
+    one, two = two_processes(SCRIPT, mode)
     assert one["keep"] == two["keep"] and one["scores"] == two["scores"] and len(one["keep"]) >= 7
     assert one["active"] == two["active"] == one["nonzero"] == two["nonzero"] == 6 and one["steps"] == 24
     assert not one["shrunk"], "DDP's buckets keep the size of the parameters it was given"

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -192,25 +186,8 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_train_the_same_model_as_one_with_both_batches(tmp_path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
-    common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-        "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "train.py"), str(tmp_path)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    errors = [run.communicate(timeout=240)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
-    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+def test_two_processes_train_the_same_model_as_one_with_both_batches(two_processes) -> None:
+    one, two = two_processes(SCRIPT)
     assert one["weights"] == two["weights"] and one["loss"] != two["loss"] and one["local"] == 6
     model = tiny("llama")
     with attach(model, full=(1,), window=7):

@@ -14,20 +14,23 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from zq_lib.adalora import checkpoint, orthogonality
 from zq_lib.adalora.adapter import Adapted, Triplets, kind_of
 from zq_lib.adalora.allocation import allocate
-from zq_lib.adalora.binding import Binding
 from zq_lib.adalora.config import AdaLoraConfig
 from zq_lib.adalora.importance import Importance
 from zq_lib.adalora.removal import shrink
 from zq_lib.adalora.schedule import Schedule
-from zq_lib.adalora.targets import find_targets, find_trained, per_matrix, places_of
+from zq_lib.adalora.targets import find_targets, find_trained, places_of
 from zq_lib.adalora.trace import RankTrace
+from zq_lib.core.binding import Binding, Words
+from zq_lib.core.distributed import average_over_processes, processes
+from zq_lib.core.targets import per_matrix
+
+WORDS = Words("the adapters", "the model's frozen weights", "handle.parameters()")
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ class Adaptation:
         if any(name in wrapper.adapters for wrapper in existing.values()):
             raise ValueError(f"name={name!r} is attached to this model already; detach it or choose another name")
         self._bounds = (
-            per_matrix("min_rank", config.min_rank, layers, 0),
-            per_matrix("max_rank", config.max_rank, layers, config.init_rank),
+            per_matrix("min_rank", config.min_rank, layers, 0, "adapted"),
+            per_matrix("max_rank", config.max_rank, layers, config.init_rank, "adapted"),
         )
         self._places = places_of(model, set(layers.values()))
         self._frozen = {p: p.requires_grad for p in model.parameters()}
@@ -125,6 +128,7 @@ class Adaptation:
             self._frozen.keys() - trained_in_full,
             self._before_step,
             self._after_step,
+            WORDS,
         )
         try:
             self.importance = Importance(self.adapters, config.score, config.beta1, config.beta2, config.backend)
@@ -273,10 +277,7 @@ class Adaptation:
 
     def _choose(self, budget: int) -> None:
         """Share out `budget`, with the scores of all processes if there are several."""
-        scores = self.importance.scores()
-        if _processes() > 1:
-            dist.all_reduce(scores)
-            scores /= _processes()
+        scores = average_over_processes(self.importance.scores())
         values = torch.stack([a.values.detach() for a in self.adapters])
         device = scores.device
         self.keep = allocate(
@@ -297,7 +298,7 @@ class Adaptation:
     def _finalise(self) -> None:
         """The ranks are final: cut the dropped triplets out, or keep them at zero where cutting is not possible."""
         self.finished, self.importance = True, None
-        if self.config.shrink and _processes() == 1:  # DDP's buckets have the size of the old parameters
+        if self.config.shrink and processes() == 1:  # DDP's buckets have the size of the old parameters
             self.shrink()
         else:
             self._mask_gradients()
@@ -433,7 +434,3 @@ class Adaptation:
     def load(self, folder: Any, optimizer: Optimizer | None = None) -> None:
         """Continue from what `save` wrote."""
         checkpoint.load(self, folder, optimizer)
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -10,18 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zq_lib.core.backend import Launch, choose, record
-
-
-def reshape_parameter(parameter: nn.Parameter, data: Tensor) -> None:
-    """Give a parameter data of another shape, whatever graphs still refer to it.
-
-    Autograd keeps the node that accumulates a parameter's gradient, shape included, as long as any old graph lives, and
-    `loss = model(...)` keeps the last one. torch forgets the node when the data's type changes, hence the detour.
-    """
-    other = torch.float32 if data.dtype == torch.float64 else torch.float64
-    parameter.grad = None
-    parameter.data = data.new_empty(0, dtype=other)
-    parameter.data = data
+from zq_lib.core.surgery import reshape_parameter
 
 
 class Triplets(nn.Module):
@@ -156,7 +145,8 @@ class AdaptedLinear(Adapted):
         inner = F.linear(adapter.dropout(x), adapter.right.to(x.dtype))  # [..., R]
         inner = (inner.to(adapter.values.dtype) * (adapter.scale * adapter.values)).to(out.dtype)
         rows = inner.reshape(-1, adapter.rank)
-        flat = torch.addmm(out.reshape(-1, out.shape[-1]), rows, adapter.left.to(out.dtype).T)
+        # P^T laid out by rows: with few columns both products of the backward pass are two to five times faster so.
+        flat = torch.addmm(out.reshape(-1, out.shape[-1]), rows, adapter.left.to(out.dtype).T.contiguous())
         return flat.view(out.shape)
 
 

@@ -22,6 +22,7 @@ from zq_lib.adalora.config import AdaLoraConfig
 from zq_lib.adalora.trace import RankTrace
 from zq_lib.core import data, models
 from zq_lib.core.lab import FULL, Claim, LabResult, Row, check_budget
+from zq_lib.core.questions import cut_batches, question_batches
 from zq_lib.core.seeding import seed_everything
 
 PLANTED_RANK, PLANTED_MATRICES = 8, 4
@@ -100,7 +101,7 @@ def planted(seed: int = 0, size: Size = PLANTED["quick"], ranks: Mapping[str, in
     with torch.no_grad():
         for name, change in hidden.items():
             base.get_submodule(name).weight += change
-        train, test = (_batches(e, size.batch, _states(base, e)) for e in encoded)
+        train, test = (cut_batches(e, size.batch, _states(base, e)) for e in encoded)
         for name, change in hidden.items():
             base.get_submodule(name).weight -= change
 
@@ -119,26 +120,17 @@ def text(seed: int = 0, size: Size = TEXT["quick"]) -> Problem:
     """TREC: which of six kinds of answer does a question ask for? MiniLM-L6 with a new head; error is 1 - accuracy."""
     seed_everything(seed)
     model, tokenizer = models.load("minilm-l6", num_labels=6)
-    questions = data.trec()
-    random.Random(seed).shuffle(questions)
-    kinds = sorted({q.coarse for q in questions})
-    parts = []
-    for rows in (questions[: size.pool], questions[size.pool : size.pool + size.test]):
-        inputs = tokenizer(
-            [q.text for q in rows], padding="max_length", truncation=True, max_length=size.tokens, return_tensors="pt"
-        )
-        labels = torch.tensor([kinds.index(q.coarse) for q in rows])
-        parts.append(_batches(dict(inputs), size.batch, labels))
+    train, test, _ = question_batches(tokenizer, size.pool, size.test, size.batch, size.tokens, seed)
 
     def loss(out: Any, target: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(out.logits, target)
 
     @torch.no_grad()
     def judge(model: nn.Module) -> float:
-        wrong = [(model(**x).logits.argmax(-1) != y).float() for x, y in parts[1]]
+        wrong = [(model(**x).logits.argmax(-1) != y).float() for x, y in test]
         return float(torch.cat(wrong).mean())
 
-    return Problem(model, parts[0], loss, judge, RATE["text"], train_also=("classifier",))
+    return Problem(model, train, loss, judge, RATE["text"], train_also=("classifier",))
 
 
 def _update(weight: Tensor, rank: int, source: torch.Generator) -> Tensor:
@@ -151,17 +143,6 @@ def _states(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     rows = len(inputs["input_ids"])
     parts = [model(**{k: v[i : i + 64] for k, v in inputs.items()}).last_hidden_state for i in range(0, rows, 64)]
     return torch.cat(parts)
-
-
-def _batches(inputs: Mapping[str, Tensor], size: int, target: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Batches cut to their longest row."""
-    found = []
-    for i in range(0, len(target) - size + 1, size):
-        rows = {k: v[i : i + size] for k, v in inputs.items()}
-        length = int(rows["attention_mask"].sum(1).max())
-        y = target[i : i + size]
-        found.append(({k: v[:, :length] for k, v in rows.items()}, y[:, :length] if y.dim() == 3 else y))
-    return found
 
 
 def training(problem: Problem, handle: Adaptation, steps: int) -> Iterator[tuple[int, float]]:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zq_lib.adalora.adaptation import Adaptation, attach
 from zq_lib.adalora.adapter import AdaptedConv1D, AdaptedConv2d, AdaptedEmbedding, Triplets
 from zq_lib.adalora.config import AdaLoraConfig
-
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+from zq_lib.core.peft import CONFIG, PREFIX, WEIGHTS, lora_settings, write_adapter
 
 
 class Part(NamedTuple):
@@ -55,12 +54,7 @@ def to_peft_lora(handle: Adaptation, folder: str | Path) -> Path:
         ranks[path] = len(part.values)
     if not ranks:
         raise ValueError("every layer has rank 0, and PEFT's LoRA has no such adapter; raise the budget")
-    most = max(ranks.values())
-    settings = {
-        "peft_type": "LORA", "r": most, "lora_alpha": most, "rank_pattern": ranks, "alpha_pattern": ranks,
-        "target_modules": sorted(ranks), "init_lora_weights": True, "use_rslora": False, "use_dora": False,
-    }  # fmt: skip
-    return _write(handle, Path(folder), settings, tensors)
+    return _write(handle, folder, lora_settings(ranks), tensors)
 
 
 def to_peft_adalora(handle: Adaptation, folder: str | Path) -> Path:
@@ -83,7 +77,7 @@ def to_peft_adalora(handle: Adaptation, folder: str | Path) -> Path:
         "total_step": schedule.total, "lora_alpha": config.scale * (config.init_rank + 1e-5),
         "target_modules": list(handle.layers), "rank_pattern": pattern, "init_lora_weights": True,
     }  # fmt: skip
-    return _write(handle, Path(folder), settings, tensors)
+    return _write(handle, folder, settings, tensors)
 
 
 def _final(handle: Adaptation) -> dict[str, Part]:
@@ -109,21 +103,12 @@ def _trained(handle: Adaptation) -> dict[str, Tensor]:
     }
 
 
-def _write(handle: Adaptation, folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    source = getattr(handle.model, "name_or_path", "") or None
-    common = {
-        "base_model_name_or_path": None if source is None or Path(source).exists() else source,
-        "bias": "none",
-        "fan_in_fan_out": any(isinstance(layer, AdaptedConv1D) for layer in handle.layers.values()),
-        "inference_mode": True,
-        "lora_dropout": handle.config.dropout,
-        "modules_to_save": sorted(handle.trained) or None,
-        "task_type": None,
-    }
-    (folder / CONFIG).write_text(json.dumps(common | dict(settings), indent=2) + "\n")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
-    return folder
+def _write(handle: Adaptation, folder: str | Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    conv = any(isinstance(layer, AdaptedConv1D) for layer in handle.layers.values())
+    return write_adapter(
+        folder, settings, tensors, model=handle.model, fan_in_fan_out=conv, dropout=handle.config.dropout,
+        trained=list(handle.trained),
+    )  # fmt: skip
 
 
 def from_peft(model: nn.Module, folder: str | Path, name: str = "default") -> Adaptation:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, mean, stdev
 from typing import Any
 
 Row = dict[str, Any]
@@ -56,6 +56,17 @@ def proportion(hits: Sequence[bool], level: float = 0.95) -> tuple[float, float,
     z, p = NormalDist().inv_cdf((1 + level) / 2), sum(map(bool, hits)) / n
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return p, max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many values, two-sided 95 %
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of two to five values with Student's 95 % interval: mean, low, high."""
+    if len(values) not in T95:
+        raise ValueError(f"values holds {len(values)} numbers; an interval needs 2 to {max(T95)}, one for each seed")
+    centre, half = mean(values), T95[len(values)] * stdev(values) / math.sqrt(len(values))
+    return centre, centre - half, centre + half
 
 
 def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
