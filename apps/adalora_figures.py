@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from apps.adalora_run import Result
 from apps.adalora_settings import KINDS, Settings
 from zq_lib.adalora.lab import ADALORA, CUT, UNIFORM, WIDE
-from zq_lib.adalora.trace import grid
+from zq_lib.core.blocks import grid
 from zq_lib.core.figures import PALETTE, Figure, number, style, subplots
 from zq_lib.core.lab import Row
 

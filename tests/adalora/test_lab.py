@@ -165,12 +165,13 @@ def test_a_training_step_is_not_slower_than_pefts() -> None:
 
 
 def test_removal_saves_parameters_state_and_time() -> None:
-    small, large = benchmark.removal(lambda _: None)
-    for row in (small, large):
+    rows = benchmark.removal(lambda _: None)
+    for row in rows:
         kept = row["target_rank"] / row["init_rank"]
         assert row["parameters"] < (kept + 0.1) * row["parameters_masked"]
         assert row["state"] < 1.1 * row["parameters"] * 2 < row["state_masked"]
-    assert large["cut_s"] < 0.95 * large["masked_s"] and large["adapter_part_left"] < 0.85
+    large = rows[-1]
+    assert large["cut_s"] < 0.9 * large["masked_s"] and large["adapter_part_left"] < 0.6
 
 
 def test_the_trace_costs_less_than_two_per_cent_of_a_step() -> None:

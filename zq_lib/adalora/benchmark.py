@@ -131,7 +131,7 @@ def removal(say: Say) -> list[Row]:
     fused AdamW: the plain one takes so long over many small tensors that their size hardly matters.
     """
     rows = []
-    for rank, target in ((RANK, TARGET), (64, 16)):
+    for rank, target in ((RANK, TARGET), (64, 16), (128, 32)):
         say(f"removal, {rank} to {target}")
         cut, masked, plain = _final_step(rank, target, True), _final_step(rank, target, False), _plain_step()
         times = [[cpu_seconds(call) for call in (cut[0], masked[0], plain)] for _ in range(16)][1:]

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from zq_lib.adalora.schedule import Schedule
-from zq_lib.adalora.trace import RankTrace, grid
+from zq_lib.adalora.trace import RankTrace
+from zq_lib.core.blocks import grid, short
 from zq_lib.core.figures import PALETTE, Figure, number, style, subplots
 from zq_lib.core.lab import Row
 
@@ -90,7 +91,7 @@ def _draw_map(axes: Axes, ranks: Mapping[str, int], most: int, planted: Sequence
         if name in planted:
             frame = Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, edgecolor=PALETTE["vermilion"], lw=2.5)
             axes.add_patch(frame)
-    axes.set_xticks(range(len(kinds)), [_short(k) for k in kinds], rotation=25, ha="right")
+    axes.set_xticks(range(len(kinds)), [short(k) for k in kinds], rotation=25, ha="right")
     axes.set_yticks(range(len(blocks)), [str(b) for b in blocks])
     axes.set_ylabel("block")
 
@@ -98,7 +99,7 @@ def _draw_map(axes: Axes, ranks: Mapping[str, int], most: int, planted: Sequence
 def _describe_map(ranks: Mapping[str, int], planted: Sequence[str]) -> str:
     blocks, kinds, _ = grid(list(ranks))
     first = sorted(ranks.items(), key=lambda item: -item[1])[:3]
-    said = ", ".join(f"{_short(n)} {r}" for n, r in first)
+    said = ", ".join(f"{short(n)} {r}" for n, r in first)
     hit = sum(ranks[n] for n in planted)
     frames = f" The {len(planted)} framed matrices, where a need was planted, hold {hit} of them." if planted else ""
     return (
@@ -194,10 +195,3 @@ def regrowth(trace: RankTrace) -> Figure:
         f"Two lines over {len(trace)} allocations: triplets kept, from {trace.budgets[0]} to {trace.budgets[-1]}, "
         f"and values not zero just before, {nonzero[-1]} at the end; {trace.revived()} times a dropped one came back.",
     )
-
-
-def _short(name: str) -> str:
-    """A matrix' name without what every name has; attention's output keeps apart from the block's."""
-    name = name.replace("attention.output", "attention output")
-    parts = [p for p in name.split(".") if p not in ("attention", "self", "dense", "encoder", "model", "self_attn")]
-    return ".".join(parts) or name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,19 +73,3 @@ class RankTrace:
                 if name in file:
                     setattr(trace, name, list(file[name]))
         return trace
-
-
-def grid(names: Sequence[str]) -> tuple[list[int], list[str], dict[str, tuple[int, int]]]:
-    """Module names as a map of blocks and matrices: the blocks, the matrices' names in a block, name -> (row, column).
-
-    >>> grid(["enc.0.query", "enc.0.out.dense", "enc.1.query"])
-    ([0, 1], ['query', 'out.dense'], {'enc.0.query': (0, 0), 'enc.0.out.dense': (0, 1), 'enc.1.query': (1, 0)})
-    """
-    places: dict[str, tuple[int, str]] = {}
-    for name in names:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        places[name] = (0, name) if at is None else (int(parts[at]), ".".join(parts[at + 1 :]))
-    blocks = sorted({block for block, _ in places.values()})
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    return blocks, kinds, {n: (blocks.index(b), kinds.index(k)) for n, (b, k) in places.items()}
