@@ -117,6 +117,8 @@ METHODS: dict[str, Method] = {
             "Writes each weight matrix as low-rank plus structured-sparse, and really shrinks it.",
             "Which part of a weight matters?",
             "transformers models",
+            45,
+            built=True,
         ),
         Method(
             "ted",

@@ -96,5 +96,7 @@ def test_speed_puts_parameters_beside_milliseconds():
 
 
 def test_every_method_of_a_figure_looks_different():
-    lines = dict.fromkeys(("dense", "rows only", "LoSparse 5%", "LoSparse 20%", "LoSparse", "low rank only", "other"))
+    lines = dict.fromkeys(
+        ("dense", "rows only", "LoSparse 5%", "LoSparse 20%", "LoSparse 40%", "low rank only", "other")
+    )
     assert len({look[0] for look in figures._looks(lines)}) == len(lines)

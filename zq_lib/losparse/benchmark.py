@@ -21,15 +21,21 @@ from zq_lib.losparse.calibration import Loss, compress_once
 from zq_lib.losparse.compression import attach
 from zq_lib.losparse.config import LoSparseConfig
 from zq_lib.losparse.factors import Batch
-from zq_lib.losparse.lab import DENSE, LOSPARSE, METHODS, SIZES, questions
+from zq_lib.losparse.lab import DENSE, LOSPARSE, METHODS, OWN_RATES, RATE, SIZES, questions
 from zq_lib.losparse.planner import plan as make_plan
 from zq_lib.losparse.prices import time_layer
 from zq_lib.losparse.storage import save_compressed
 
 Say = Callable[[str], None]
 SEEDS = (0, 1, 2)
-RATIOS = (0.3, 0.15)
-TRIED_RATES = (1e-4, 3e-4, 1e-3, 2e-3)
+TRIED_RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
+ONE, OWN = "at one learning rate", "at each method's own learning rate"
+RUNS = (
+    (OWN, OWN_RATES, 1.0, (DENSE,)),
+    (ONE, None, 0.15, METHODS),
+    (OWN, OWN_RATES, 0.15, METHODS),
+    (OWN, OWN_RATES, 0.3, METHODS),
+)
 SPLIT = 9  # a seed whose split is used for nothing but the choice of the learning rates
 SHARE = 0.05  # rho_L of everything that is timed
 SPEED_RATIOS = (0.5, 0.3, 0.2, 0.1)
@@ -54,12 +60,12 @@ def perplexity(say: Say) -> dict[str, list[Row]]:
 
 
 def rates(say: Say) -> list[Row]:
-    """Test loss of every method at each learning rate, at 15 %, on a split of its own: what `lab.RATES` rests on."""
+    """Test loss of every method at each learning rate, at 15 %, on a split of its own: what `OWN_RATES` rests on."""
     size, rows = SIZES[FULL], []
     for method in (DENSE, *METHODS):
         for rate in TRIED_RATES:
             say(f"rate {rate:g}")
-            found, *_ = lab.compare(questions(SPLIT, size), RATIOS[-1], size.steps, say, [method], {method: rate})
+            found, *_ = lab.compare(questions(SPLIT, size), 0.15, size.steps, say, [method], {method: rate})
             rows += found
     return rows
 
@@ -67,36 +73,33 @@ def rates(say: Say) -> list[Row]:
 def trained(say: Say) -> dict[str, list[Row]]:
     """The lab's training over seeds and ratios: every run, the means with intervals, curves, densities, claims."""
     size = SIZES[FULL]
-    tables: dict[str, list[Row]] = {"trained": [], "curves": [], "density": []}
+    tables: dict[str, list[Row]] = {"trained": [], "curves": [], "density": [], "trained_claims": []}
     for seed in SEEDS:
         problem = questions(seed, size)
-        for ratio, methods in ((1.0, [DENSE]), *((ratio, METHODS) for ratio in RATIOS)):
-            say(f"seed {seed}")
-            rows, curves, density = lab.compare(problem, ratio, size.steps, say, methods)
-            tables["trained"] += [{"seed": seed, **row} for row in rows]
+        for words, rates, ratio, methods in RUNS:
+            say(f"seed {seed}, {words}")
+            rows, curves, density = lab.compare(problem, ratio, size.steps, say, methods, rates)
+            tables["trained"] += [{"seed": seed, "rates": words, **row} for row in rows]
+            if methods == METHODS:
+                claims = _rows(lab.trained_claims(rows, words))
+                tables["trained_claims"] += [{"seed": seed, "ratio": ratio, **row} for row in claims]
             if seed == SEEDS[0]:
-                tables["curves"] += curves
-                tables["density"] += [{"ratio": ratio, **row} for row in density]
+                tables["curves"] += [{"rates": words, **row} for row in curves if row["step"] % 4 == 0]
+                tables["density"] += [{"rates": words, "ratio": ratio, **row} for row in density]
     tables["trained_means"] = means(tables["trained"])
-    tables["trained_claims"] = [
-        {"seed": seed, "ratio": ratio, **row}
-        for seed in SEEDS
-        for ratio in RATIOS
-        for row in _rows(lab.trained_claims([r for r in tables["trained"] if (r["seed"], r["ratio"]) == (seed, ratio)]))
-    ]
     return tables
 
 
 def means(rows: list[Row]) -> list[Row]:
     """Mean loss and accuracy over seeds with 95 % intervals, and of the loss's difference to LoSparse's, in pairs."""
     found = []
-    for ratio, method in dict.fromkeys((r["ratio"], r["method"]) for r in rows):
-        own = [r for r in rows if (r["ratio"], r["method"]) == (ratio, method)]
-        ours = [r["nll"] for r in rows if (r["ratio"], r["method"]) == (ratio, LOSPARSE)]
-        row: Row = {"ratio": ratio, "method": method, "kept": own[0]["kept"], "seeds": len(own)}
+    for words, ratio, method in dict.fromkeys((r["rates"], r["ratio"], r["method"]) for r in rows):
+        alike = [r for r in rows if (r["rates"], r["ratio"]) == (words, ratio)]
+        own, ours = ([r for r in alike if r["method"] == m] for m in (method, LOSPARSE))
+        row: Row = {"rates": words, "ratio": ratio, "method": method, "kept": own[0]["kept"], "seeds": len(own)}
         for name in ("nll", "accuracy"):
             row[name], row[f"{name}_low"], row[f"{name}_high"] = mean_interval([r[name] for r in own])
-        gaps = [r["nll"] - o for r, o in zip(own, ours, strict=True)] if ours and method != LOSPARSE else None
+        gaps = [r["nll"] - o["nll"] for r, o in zip(own, ours, strict=True)] if ours and method != LOSPARSE else None
         row["minus_losparse"], row["gap_low"], row["gap_high"] = mean_interval(gaps) if gaps else ("", "", "")
         found.append(row)
     return found
@@ -109,8 +112,14 @@ def layers(say: Say) -> list[Row]:
         for ratio in SPEED_RATIOS:
             say(f"{inputs} -> {outputs}, {tokens} tokens, {ratio:.0%}")
             rank = LoSparseConfig(low_rank=SHARE).rank(outputs, inputs)
-            row = time_layer(outputs, inputs, rank, round((ratio - SHARE) * outputs), tokens, repeats=15)
-            rows.append({"ratio": ratio, **row})
+            kept = round((ratio - SHARE) * outputs)
+            found = time_layer(outputs, inputs, rank, kept, tokens, repeats=15)
+            rows.append({
+                "layer": f"{inputs} to {outputs}", "tokens": tokens, "ratio": ratio, "rank": rank, "rows": kept,
+                "shrunk_ms": 1e3 * found["shrunk_s"], "dense_ms": 1e3 * found["dense_s"],
+                **{k: found[k] for k in ("gain", "gain_low", "gain_high")},
+                "shrunk_parameters": rank * (inputs + outputs) + kept * inputs, "dense_parameters": inputs * outputs,
+            })  # fmt: skip
     return rows
 
 
@@ -138,8 +147,8 @@ def encoder(say: Say) -> list[Row]:
             ids = torch.randint(1000, 20000, (batch, tokens), generator=torch.Generator().manual_seed(0))
             found = paired_ratio(lambda m=small, x=ids: m(x), lambda x=ids: dense(x), 21)
             rows.append({
-                "ratio": ratio, "batch": batch, "tokens": tokens, "shrunk_s": found["first_s"],
-                "dense_s": found["second_s"], "gain": found["ratio"], "gain_low": found["ratio_low"],
+                "ratio": ratio, "batch": batch, "tokens": tokens, "shrunk_ms": 1e3 * found["first_s"],
+                "dense_ms": 1e3 * found["second_s"], "gain": found["ratio"], "gain_low": found["ratio_low"],
                 "gain_high": found["ratio_high"],
             })  # fmt: skip
     return rows
@@ -241,7 +250,7 @@ def _language_model() -> Case:
 
 def _classifier(batch: int, tokens: int) -> Case:
     problem = questions(0, SIZES["quick"])
-    for _ in lab.training(problem, SIZES["quick"].steps, lab.RATES[DENSE]):
+    for _ in lab.training(problem, SIZES["quick"].steps, RATE):
         pass
     batches = [{**x, "labels": y} for x, y in problem.train[:8]]
 

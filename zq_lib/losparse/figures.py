@@ -72,9 +72,7 @@ def spectra(values: Mapping[str, Tensor], shares: Sequence[float] = (0.05, 0.2))
             axes.plot(np.arange(1, len(v) + 1) / len(v), v / v[0], line, color=PALETTE[colours[i % 6]], label=name)
         for share in shares:
             axes.axvline(share, color=PALETTE["grey"], linewidth=1, linestyle=":")
-            axes.annotate(
-                f"{share:.0%}", (share, 1), xytext=(3, -12), textcoords="offset points", color=PALETTE["grey"]
-            )
+            axes.annotate(f"{share:.0%}", (share, 0), xytext=(3, 4), textcoords="offset points", color=PALETTE["grey"])
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("singular value, as a part of all")
         axes.set_ylabel("size relative to the largest")
@@ -126,7 +124,7 @@ def _curves(
             axes.set_ylim(bottom=0)
         axes.set_xlabel("parameters left in the replaced matrices, %")
         axes.set_ylabel(label)
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the lines, not on them
         axes.set_title(title)
     there = [r for r in rows if r["ratio"] == least]
     said = "; ".join(f"{r['method']} {number(float(r[column]))}" for r in there)
@@ -312,6 +310,7 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _looks(lines: Mapping[str, object]) -> list[tuple]:
-    """A look for each method: its own in METHODS, or one of the others in turn."""
-    fresh = iter(OTHERS * len(lines))
-    return [METHODS[name] if name in METHODS else next(fresh) for name in lines]
+    """A look for each method: its own, that of LoSparse for the first of its settings, or one of the others in turn."""
+    fresh, first = iter(OTHERS * len(lines)), next((name for name in lines if name.startswith("LoSparse")), "")
+    known = METHODS | {first: METHODS["LoSparse"]}
+    return [known[name] if name in known else next(fresh) for name in lines]

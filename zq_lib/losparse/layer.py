@@ -76,14 +76,17 @@ class LowRankSparse(nn.Module):
     # --- what it is --------------------------------------------------------------------------------------------------
     @property
     def out_features(self) -> int:
+        """N, the outputs."""
         return self.left.shape[0]
 
     @property
     def in_features(self) -> int:
+        """K, the inputs."""
         return self.right.shape[1]
 
     @property
     def rank(self) -> int:
+        """r, the columns of U."""
         return self.left.shape[1]
 
     @property

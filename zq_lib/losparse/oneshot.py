@@ -130,17 +130,13 @@ SETTINGS = (
 TOTALS = (0.9, 0.7, 0.5)
 
 
-def perplexities(
-    say: Say, settings: Sequence[Setting] = SETTINGS, totals: Sequence[float] = TOTALS, layers: int | None = None
-) -> list[Row]:
-    """Table 7.3: perplexity of SmolLM2 (its first `layers` blocks) compressed without training, by setting and ratio.
+def perplexities(say: Say, settings: Sequence[Setting] = SETTINGS, totals: Sequence[float] = TOTALS) -> list[Row]:
+    """Table 7.3: perplexity of SmolLM2 compressed without training, by setting and ratio.
 
     The gradient of tokens 0 to 511 of Python's help, covariances on 512 to 2,559, perplexity on three windows behind.
     The factors of one init are computed once, at the largest rank. `keeps` is what is left of the replaced weights.
     """
     model, tokenizer = models.load("smollm2")
-    if layers is not None:
-        model.model.layers = model.model.layers[:layers]
     ids = help_text(tokenizer)
     pair = torch.stack(windows(ids, 0, 2))
     batches = [{"input_ids": pair, "labels": pair}]
@@ -213,7 +209,7 @@ def perplexity_claims(rows: Sequence[Row]) -> list[Claim]:
 def help_text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Tokens [n] of Python's own help, its topics in alphabetical order."""
     text = " ".join(topics[name] for name in sorted(topics))[:CHARACTERS]
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def windows(ids: Tensor, start: int, count: int = 1) -> list[Tensor]:
