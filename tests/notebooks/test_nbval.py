@@ -13,7 +13,7 @@ import pytest
 from zq_lib.nb.execute import CELL_TIMEOUT, environment
 from zq_lib.nb.measure import Meter
 
-SECONDS, BYTES = 90, 1.5e9  # on two cores
+SECONDS, BYTES = 90, 1.5e9  # of one core: what other tests do meanwhile does not count
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
@@ -36,10 +36,10 @@ def validate(path: Path) -> tuple[int, str, Meter]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_gives_its_committed_outputs_within_time_and_memory(path, record_property):
     code, said, meter = validate(path)
-    record_property("seconds", round(meter.seconds, 1))
+    record_property("seconds", round(meter.cpu_seconds, 1))
     record_property("peak_megabytes", round(meter.peak_bytes / 1e6))
     assert code == 0, said
-    assert meter.seconds <= SECONDS, f"{path.name} took {meter.seconds:.0f} s, at most {SECONDS} s"
+    assert meter.cpu_seconds <= SECONDS, f"{path.name} took {meter.cpu_seconds:.0f} s, at most {SECONDS} s"
     assert meter.peak_bytes <= BYTES, f"{path.name} took {meter.peak_bytes / 1e9:.2f} GB, at most {BYTES / 1e9} GB"
 
 
@@ -57,7 +57,7 @@ def test_a_freshly_executed_notebook_passes_and_leaves_nothing_behind(quick):
     code, said, meter = validate(quick)
     assert code == 0, said
     assert "5 passed" in said
-    assert meter.seconds > 0.5 and meter.peak_bytes > 50e6
+    assert meter.seconds > 0.5 and meter.cpu_seconds > 0.5 and meter.peak_bytes > 50e6
     assert {p: p.read_bytes() for p in quick.parent.rglob("*") if p.is_file()} == before
 
 

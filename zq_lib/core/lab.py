@@ -58,11 +58,16 @@ def proportion(hits: Sequence[bool], level: float = 0.95) -> tuple[float, float,
     return p, max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
-T95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for so many values, two-sided 95 %
+# Student's t for 2, 3, ... values, two-sided 95 %
+_T95 = (
+    12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093,
+)  # fmt: skip
+T95 = dict(enumerate(_T95, 2))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of two to five values with Student's 95 % interval: mean, low, high."""
+    """Mean of two to twenty values with Student's 95 % interval: mean, low, high."""
     if len(values) not in T95:
         raise ValueError(f"values holds {len(values)} numbers; an interval needs 2 to {max(T95)}, one for each seed")
     centre, half = mean(values), T95[len(values)] * stdev(values) / math.sqrt(len(values))

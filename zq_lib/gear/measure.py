@@ -28,11 +28,6 @@ def reasoning() -> str:
     return (Path(__file__).parent / "data" / "reasoning.txt").read_text("utf-8")
 
 
-def technical() -> str:
-    """The beginning of Python 3.11's own help (PSF licence); a copy, because each release words it differently."""
-    return (Path(__file__).parent / "data" / "technical.txt").read_text("utf-8")
-
-
 def texts(tokenizer: PreTrainedTokenizerBase, tokens: int = 1024) -> dict[str, Tensor]:
     """The first `tokens` tokens of four texts of different kinds, [1, tokens] each, by name (`TEXTS`).
 
@@ -40,7 +35,7 @@ def texts(tokenizer: PreTrainedTokenizerBase, tokens: int = 1024) -> dict[str, T
     """
     sources = {
         "reasoning": reasoning(),
-        "technical": technical(),
+        "technical": data.technical(),
         "scripture": data.kjv(),
         "encyclopedia": "\n\n".join(data.quac_passages()),
     }

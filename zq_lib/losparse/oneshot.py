@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from zq_lib.core import models
+from zq_lib.core import data, models
 from zq_lib.core.lab import Claim, Row
 from zq_lib.core.language import perplexity
 from zq_lib.losparse.calibration import keep_rows, magnitudes, masked, row_scores
@@ -207,8 +206,8 @@ def perplexity_claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def help_text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Tokens [n] of Python's own help, its topics in alphabetical order."""
-    text = " ".join(topics[name] for name in sorted(topics))[:CHARACTERS]
+    """Tokens [n] of the beginning of `core.data.python_help`."""
+    text = " ".join(data.python_help())[:CHARACTERS]
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -28,7 +28,7 @@ from zq_lib.masformer.training import documents, perplexity
 TINY = {"F F F F": (0, 1, 2, 3), "F L L L": (0,), "L F L L": (1,), "L L L F": (3,), "L L L L": ()}
 TINY_LAYERS, TINY_WINDOW, TINY_STEPS = 4, 8, 300
 WIDER = 128  # the window whose perplexity is reported beside
-QUICK_TINY, QUICK_STEPS = ("L F L L", "L L L L"), 125
+QUICK_TINY, QUICK_STEPS = ("L F L L", "L L L L"), 100
 COUNT, COUNT_LONG = 8, 12  # full layers below 1,000 tokens and at 2,000
 CHANCE_DIGIT = 0.35  # a plan below this does no better than guess digits and repeat itself
 TEXTS, TEXT_TOKENS, CONTEXT = 2, 512, 128  # perplexity: of the tokens after the first CONTEXT
@@ -154,7 +154,7 @@ def _importance(bench: Bench) -> list[Row]:
 
 
 def _quick_plans(bench: Bench) -> list[Row]:
-    probes = passkey.held_out(bench.tokenizer, 3, 250, 300)
+    probes = passkey.held_out(bench.tokenizer, 2, 250, 300)
     texts = [text[:256] for text in bench.texts[:1]]
     names = ["full", "profiled", "even", *(["given"] if isinstance(bench.config.full, tuple) else [])]
     return [bench.row(name, COUNT, probes, texts) for name in names]

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a process and everything it starts."""
+"""Seconds, processor time and peak memory of a process and everything it starts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ class Meter:
     """Watches a process tree while a `with` block runs.
 
     `pid` is the root of the tree; None watches the descendants of this process, without itself.
-    After the block `seconds` is the wall time and `peak_bytes` the largest sum of resident memory seen.
+    After the block `seconds` is the wall time, `cpu_seconds` the processor time, which other work on the machine hardly
+    changes, and `peak_bytes` the largest sum of resident memory seen.
     """
 
     def __init__(self, pid: int | None = None) -> None:
         self.seconds, self.peak_bytes = 0.0, 0
+        self._used: dict[int, float] = {}  # by process, which may have ended since
         self._root = psutil.Process(pid or os.getpid())
         self._own = pid is not None
         self._done = threading.Event()
@@ -39,6 +41,10 @@ class Meter:
         self._thread.join()
         self.seconds = time.perf_counter() - self._start
 
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(self._used.values())
+
     def _watch(self) -> None:
         while not self._done.wait(INTERVAL):
             self.peak_bytes = max(self.peak_bytes, self._resident())
@@ -49,4 +55,6 @@ class Meter:
             for process in [*([self._root] if self._own else []), *self._root.children(recursive=True)]:
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                     total += process.memory_info().rss
+                    times = process.cpu_times()
+                    self._used[process.pid] = times.user + times.system
         return total
