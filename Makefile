@@ -46,7 +46,7 @@ lint: $(READY)
 
 # Models and data are installed here, so a test that misses them fails instead of skipping.
 unit: $(READY)
-	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
 notebooks: $(READY)
 	$(BIN)/python -m zq_lib.nb.execute $(NOTEBOOKS)
