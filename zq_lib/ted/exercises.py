@@ -66,7 +66,61 @@ PARAMETERS = Exercise(
 )
 
 
-# 2. Three methods in one loss -----------------------------------------------------------------------------------------
+# 2. How wide a filter ------------------------------------------------------------------------------------------------
+Probes = Sequence[tuple[int, float, float]]  # (d_f, accuracy on what the task needs, accuracy on what it does not)
+_CURVES: tuple[Probes, ...] = (
+    ((4, 0.90, 0.25), (8, 0.99, 0.45), (16, 0.99, 0.80), (64, 1.00, 1.00)),
+    ((64, 1.00, 1.00), (16, 0.98, 0.60), (8, 0.93, 0.20), (4, 0.60, 0.15)),
+    ((8, 0.70, 0.10), (16, 0.85, 0.20), (32, 0.96, 0.30)),
+)
+
+
+def _solve_width(rows: Probes, least: float) -> int | None:
+    good = [dim for dim, needed, _ in rows if needed >= least]
+    return min(good) if good else None
+
+
+def _check_width(answer: Callable[[Probes, float], int | None]) -> str | None:
+    for curve in _CURVES:
+        for least in (0.97, 0.95, 0.999):
+            got, want = answer(curve, least), _solve_width(curve, least)
+            if got == want:
+                continue
+            known = {dim: (needed, other) for dim, needed, other in curve}
+            if want is None:
+                return f"No width reaches {least} in {list(curve)}: return None, and train longer or wider."
+            if got not in known:
+                return f"{got} is not among the widths that were measured: {sorted(known)}."
+            if known[got][0] < least:
+                return (
+                    f"Width {got} forgets too much of the task: {known[got][0]:.2f} is below {least}. Forgetting what "
+                    "is not needed is only good while the rest stays."
+                )
+            return (
+                f"Width {got} knows the task, but so does {want}, which keeps {known[want][1]:.2f} of what nobody "
+                f"needs, not {known[got][1]:.2f}."
+            )
+    return None
+
+
+WIDTH = Exercise(
+    name="width",
+    title="Exercise 2",
+    prompt="Choose d_f from a probe curve: the narrowest filter behind which a probe still reads the task with an "
+    "accuracy of `least`.",
+    check=_check_width,
+    solution=_solve_width,
+    wrong=[
+        (lambda rows, least: max(dim for dim, *_ in rows), "which keeps"),
+        (lambda rows, least: min(rows, key=lambda r: r[2])[0], "forgets too much"),
+        (lambda rows, least: min((d for d, needed, _ in rows if needed >= least), default=max(rows)[0]), "return None"),
+        (lambda rows, least: 0, "is not among the widths"),
+    ],
+    hint="Which widths reach `least` at all? Of these, which one is the smallest?",
+)
+
+
+# 3. Three methods in one loss -----------------------------------------------------------------------------------------
 _METHODS = ("fine-tuning", "KD", "LWD")
 _WIDTH = 5
 
@@ -125,7 +179,7 @@ def _with(method: str, width: int, **changed: float) -> tuple[TedConfig, Tensor]
 
 LIMITS = Exercise(
     name="limits",
-    title="Exercise 2",
+    title="Exercise 3",
     prompt="Turn TED into fine-tuning, KD and LWD by settings alone: for each name a TedConfig, and the matrix that "
     "stands for the teacher's filter.",
     check=_check_limits,
@@ -144,7 +198,132 @@ LIMITS = Exercise(
 )
 
 
-# 3. A divergence in one pass ------------------------------------------------------------------------------------------
+# 4. Padding counts nowhere --------------------------------------------------------------------------------------------
+def _mean_over_all(own: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
+    return (own - theirs).square().mean()
+
+
+def _zeros_but_counted(own: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
+    return ((own - theirs) * mask[..., None]).square().mean()
+
+
+def _rows_first(own: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
+    errors = (own - theirs).square().mean(-1)
+    return ((errors * mask).sum(1) / mask.sum(1)).mean()
+
+
+def _masked(own: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
+    return (own - theirs)[mask.bool()].square().mean()
+
+
+# Shown in the notebook; only one gives every real token, and nothing else, the same weight.
+SNIPPETS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "a": _mean_over_all,
+    "b": _zeros_but_counted,
+    "c": _rows_first,
+    "d": _masked,
+}
+
+
+def _check_padding(answer: str) -> str | None:
+    if answer not in SNIPPETS:
+        return f"Answer with one letter of {', '.join(SNIPPETS)}."
+    loss = SNIPPETS[answer]
+    own, theirs, mask = _normal(2, 4, 3), _normal(2, 4, 3, seed=1), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    before = float(loss(own, theirs, mask))
+    noise = torch.where(mask[..., None] == 1, own, 10 * own)
+    if not math.isclose(float(loss(noise, theirs, mask)), before):
+        return f"({answer}) reads padding: change what lies there, and the loss moves."
+    longer = [F.pad(x, (0, 0, 0, 4)) for x in (own, theirs)]
+    after = float(loss(*longer, F.pad(mask, (0, 4))))
+    if not math.isclose(after, before):
+        return f"({answer}) divides by padding: with four more empty positions {before:.3f} becomes {after:.3f}."
+    if not math.isclose(before, float(reference.layer_error(own, theirs, mask))):
+        return (
+            f"({answer}) ignores padding but is a mean of sentence means: a token of a short one weighs twice as much."
+        )
+    return None
+
+
+PADDING = Exercise(
+    name="padding",
+    title="Exercise 4",
+    prompt="Four ways to write the distance of filtered states. Which one is the mean over all real tokens, whatever "
+    "the padding?",
+    check=_check_padding,
+    solution="d",
+    wrong=[
+        ("a", "reads padding"),
+        ("b", "divides by padding"),
+        ("c", "a mean of sentence means"),
+        ("e", "Answer with one letter"),
+    ],
+    hint="Change what lies in the padding, then make it longer: the loss must not move.",
+)
+
+
+# 5. One output --------------------------------------------------------------------------------------------------------
+def _solve_output(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    if student.shape[-1] == 1:
+        return (student - teacher).square().mean()
+    return reference.divergence(student, teacher, temperature)
+
+
+def _check_output(answer: Callable[[Tensor, Tensor, float], Tensor]) -> str | None:
+    for classes in (1, 5):
+        s, t = _normal(6, classes).requires_grad_(), _normal(6, classes, seed=1)
+        got, want = answer(s, t, 2.0), _solve_output(s, t, 2.0)
+        if not isinstance(got, Tensor) or got.dim():
+            return "Return one number, the mean over the rows."
+        if torch.allclose(got, want):
+            continue
+        found = f"it is {want.item():.4f}, not {got.item():.4f}"
+        if classes == 1:
+            (slope,) = torch.autograd.grad(got, s, allow_unused=True) if got.requires_grad else (None,)
+            if slope is None or not slope.any():
+                return (
+                    "For one output that is 0 with no gradient, whatever the models say: the softmax of one number is "
+                    "1. Compare the predictions themselves."
+                )
+            return f"For one output, where the mean squared difference is asked for, {found}."
+        if torch.allclose(4 * got, want):
+            return "The square of the temperature is missing: without it the gradient shrinks with T."
+        if torch.allclose(classes * got, want):
+            return "That is a mean over classes too: sum over the vocabulary, then take the mean over rows."
+        if torch.allclose(got, reference.reverse_divergence(s, t, 2.0)):
+            return "That is KL(student || teacher); the teacher's probabilities come first."
+        return f"For {classes} classes {found}: divide both logits by T."
+    return None
+
+
+def _unscaled(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    if student.shape[-1] == 1:
+        return F.mse_loss(student, teacher)
+    return reference.divergence(student, teacher, temperature, squared=False)
+
+
+ONE_OUTPUT = Exercise(
+    name="one_output",
+    title="Exercise 5",
+    prompt="The published code distils a regression head with a divergence and learns nothing from it. Write the "
+    "output's loss [rows, classes], T^2 KL(teacher || student), so that it works for one output as well.",
+    check=_check_output,
+    solution=_solve_output,
+    wrong=[
+        (lambda s, t, T: reference.divergence(s, t, T), "the softmax of one number is 1"),
+        (lambda s, t, T: (s - t).square().sum(), "the mean squared difference is asked for"),
+        (_unscaled, "the gradient shrinks with T"),
+        (lambda s, t, T: _solve_output(s, t, T) / s.shape[-1], "sum over the vocabulary"),
+        (lambda s, t, T: reference.reverse_divergence(s, t, T) if s.shape[-1] > 1 else F.mse_loss(s, t),
+         "the teacher's probabilities come first"),
+        (lambda s, t, T: F.mse_loss(s, t), "divide both logits by T"),
+        (lambda s, t, T: (s - t).square(), "Return one number, the mean"),
+    ],
+    hint="`student.shape[-1] == 1` is the case apart; otherwise log-softmax, softmax and F.kl_div with 'batchmean'.",
+)  # fmt: skip
+
+
+# 6. A divergence in one pass ------------------------------------------------------------------------------------------
 _ROWS = (
     ([1.0, 2.0, 0.5], [2.0, 1.0, 0.0]),  # the first block holds the maximum
     ([0.0, 0.5, 1.0, 3.0, 2.0, 5.0], [0.5, 0.0, 2.0, 1.0, 4.0, 6.0]),  # it rises from block to block
@@ -232,7 +411,7 @@ def _overflowing(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
 
 ONLINE = Exercise(
     name="online",
-    title="Exercise 3",
+    title="Exercise 6",
     prompt="The logits of one row come in blocks, each read once. Compute KL(teacher || student) at temperature 1 with "
     "five running numbers: m_s, S_s, m_t, S_t and A.",
     check=_check_online,
@@ -248,183 +427,4 @@ ONLINE = Exercise(
     hint="When m_t rises by d, everything that was summed with e^(t - m_t) is multiplied by e^(-d).",
 )
 
-
-# 4. Padding counts nowhere --------------------------------------------------------------------------------------------
-def _mean_over_all(own: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
-    return (own - theirs).square().mean()
-
-
-def _zeros_but_counted(own: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
-    return ((own - theirs) * mask[..., None]).square().mean()
-
-
-def _rows_first(own: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
-    errors = (own - theirs).square().mean(-1)
-    return ((errors * mask).sum(1) / mask.sum(1)).mean()
-
-
-def _masked(own: Tensor, theirs: Tensor, mask: Tensor) -> Tensor:
-    return (own - theirs)[mask.bool()].square().mean()
-
-
-# Shown in the notebook; only one gives every real token, and nothing else, the same weight.
-SNIPPETS: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "a": _mean_over_all,
-    "b": _zeros_but_counted,
-    "c": _rows_first,
-    "d": _masked,
-}
-
-
-def _check_padding(answer: str) -> str | None:
-    if answer not in SNIPPETS:
-        return f"Answer with one letter of {', '.join(SNIPPETS)}."
-    loss = SNIPPETS[answer]
-    own, theirs, mask = _normal(2, 4, 3), _normal(2, 4, 3, seed=1), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    before = float(loss(own, theirs, mask))
-    noise = torch.where(mask[..., None] == 1, own, 10 * own)
-    if not math.isclose(float(loss(noise, theirs, mask)), before):
-        return f"({answer}) reads padding: change what lies there, and the loss moves."
-    longer = [F.pad(x, (0, 0, 0, 4)) for x in (own, theirs)]
-    after = float(loss(*longer, F.pad(mask, (0, 4))))
-    if not math.isclose(after, before):
-        return f"({answer}) divides by padding: with four more empty positions {before:.3f} becomes {after:.3f}."
-    if not math.isclose(before, float(reference.layer_error(own, theirs, mask))):
-        return (
-            f"({answer}) ignores padding but is a mean of sentence means: a token of a short one weighs twice as much."
-        )
-    return None
-
-
-PADDING = Exercise(
-    name="padding",
-    title="Exercise 4",
-    prompt="Four ways to write the distance of filtered states. Which one is the mean over all real tokens, whatever "
-    "the padding?",
-    check=_check_padding,
-    solution="d",
-    wrong=[
-        ("a", "reads padding"),
-        ("b", "divides by padding"),
-        ("c", "a mean of sentence means"),
-        ("e", "Answer with one letter"),
-    ],
-    hint="Change what lies in the padding, then make it longer: the loss must not move.",
-)
-
-
-# 5. How wide a filter ------------------------------------------------------------------------------------------------
-Probes = Sequence[tuple[int, float, float]]  # (d_f, accuracy on what the task needs, accuracy on what it does not)
-_CURVES: tuple[Probes, ...] = (
-    ((4, 0.90, 0.25), (8, 0.99, 0.45), (16, 0.99, 0.80), (64, 1.00, 1.00)),
-    ((64, 1.00, 1.00), (16, 0.98, 0.60), (8, 0.93, 0.20), (4, 0.60, 0.15)),
-    ((8, 0.70, 0.10), (16, 0.85, 0.20), (32, 0.96, 0.30)),
-)
-
-
-def _solve_width(rows: Probes, least: float) -> int | None:
-    good = [dim for dim, needed, _ in rows if needed >= least]
-    return min(good) if good else None
-
-
-def _check_width(answer: Callable[[Probes, float], int | None]) -> str | None:
-    for curve in _CURVES:
-        for least in (0.97, 0.95, 0.999):
-            got, want = answer(curve, least), _solve_width(curve, least)
-            if got == want:
-                continue
-            known = {dim: (needed, other) for dim, needed, other in curve}
-            if want is None:
-                return f"No width reaches {least} in {list(curve)}: return None, and train longer or wider."
-            if got not in known:
-                return f"{got} is not among the widths that were measured: {sorted(known)}."
-            if known[got][0] < least:
-                return (
-                    f"Width {got} forgets too much of the task: {known[got][0]:.2f} is below {least}. Forgetting what "
-                    "is not needed is only good while the rest stays."
-                )
-            return (
-                f"Width {got} knows the task, but so does {want}, which keeps {known[want][1]:.2f} of what nobody "
-                f"needs, not {known[got][1]:.2f}."
-            )
-    return None
-
-
-WIDTH = Exercise(
-    name="width",
-    title="Exercise 5",
-    prompt="Choose d_f from a probe curve: the narrowest filter behind which a probe still reads the task with an "
-    "accuracy of `least`.",
-    check=_check_width,
-    solution=_solve_width,
-    wrong=[
-        (lambda rows, least: max(dim for dim, *_ in rows), "which keeps"),
-        (lambda rows, least: min(rows, key=lambda r: r[2])[0], "forgets too much"),
-        (lambda rows, least: min((d for d, needed, _ in rows if needed >= least), default=max(rows)[0]), "return None"),
-        (lambda rows, least: 0, "is not among the widths"),
-    ],
-    hint="Which widths reach `least` at all? Of these, which one is the smallest?",
-)
-
-
-# 6. One output --------------------------------------------------------------------------------------------------------
-def _solve_output(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    if student.shape[-1] == 1:
-        return (student - teacher).square().mean()
-    return reference.divergence(student, teacher, temperature)
-
-
-def _check_output(answer: Callable[[Tensor, Tensor, float], Tensor]) -> str | None:
-    for classes in (1, 5):
-        s, t = _normal(6, classes).requires_grad_(), _normal(6, classes, seed=1)
-        got, want = answer(s, t, 2.0), _solve_output(s, t, 2.0)
-        if not isinstance(got, Tensor) or got.dim():
-            return "Return one number, the mean over the rows."
-        if torch.allclose(got, want):
-            continue
-        found = f"it is {want.item():.4f}, not {got.item():.4f}"
-        if classes == 1:
-            (slope,) = torch.autograd.grad(got, s, allow_unused=True) if got.requires_grad else (None,)
-            if slope is None or not slope.any():
-                return (
-                    "For one output that is 0 with no gradient, whatever the models say: the softmax of one number is "
-                    "1. Compare the predictions themselves."
-                )
-            return f"For one output, where the mean squared difference is asked for, {found}."
-        if torch.allclose(4 * got, want):
-            return "The square of the temperature is missing: without it the gradient shrinks with T."
-        if torch.allclose(classes * got, want):
-            return "That is a mean over classes too: sum over the vocabulary, then take the mean over rows."
-        if torch.allclose(got, reference.reverse_divergence(s, t, 2.0)):
-            return "That is KL(student || teacher); the teacher's probabilities come first."
-        return f"For {classes} classes {found}: divide both logits by T."
-    return None
-
-
-def _unscaled(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    if student.shape[-1] == 1:
-        return F.mse_loss(student, teacher)
-    return reference.divergence(student, teacher, temperature, squared=False)
-
-
-ONE_OUTPUT = Exercise(
-    name="one_output",
-    title="Exercise 6",
-    prompt="The published code distils a regression head with a divergence and learns nothing from it. Write the "
-    "output's loss [rows, classes], T^2 KL(teacher || student), so that it works for one output as well.",
-    check=_check_output,
-    solution=_solve_output,
-    wrong=[
-        (lambda s, t, T: reference.divergence(s, t, T), "the softmax of one number is 1"),
-        (lambda s, t, T: (s - t).square().sum(), "the mean squared difference is asked for"),
-        (_unscaled, "the gradient shrinks with T"),
-        (lambda s, t, T: _solve_output(s, t, T) / s.shape[-1], "sum over the vocabulary"),
-        (lambda s, t, T: reference.reverse_divergence(s, t, T) if s.shape[-1] > 1 else F.mse_loss(s, t),
-         "the teacher's probabilities come first"),
-        (lambda s, t, T: F.mse_loss(s, t), "divide both logits by T"),
-        (lambda s, t, T: (s - t).square(), "Return one number, the mean"),
-    ],
-    hint="`student.shape[-1] == 1` is the case apart; otherwise log-softmax, softmax and F.kl_div with 'batchmean'.",
-)  # fmt: skip
-
-ALL: Sequence[Exercise] = [PARAMETERS, LIMITS, ONLINE, PADDING, WIDTH, ONE_OUTPUT]
+ALL: Sequence[Exercise] = [PARAMETERS, WIDTH, LIMITS, PADDING, ONE_OUTPUT, ONLINE]
