@@ -236,21 +236,15 @@ def _train(result: TrainingResult, trained: dict[str, nn.Module]) -> Iterator[Mo
     nll, accuracy = own.judge()
     result.rows.append({"method": lab.DENSE, "rate": rate, "kept": 1.0, "nll": nll, "accuracy": accuracy})
     trained[lab.DENSE] = own.model.eval()
-    handle: Compression | None = None
-    try:
-        for now in lab.watch(problem, s.ratio, STEPS, lab.METHODS, lab.OWN_RATES if s.own_rates else None):
-            handle = now.handle if now.row is None else None
-            masked = now.method == OURS and _masks(result, now.handle)
-            if now.row is None:
-                result.losses.setdefault(now.method, []).append(now.loss)
-            else:
-                result.rows.append({k: now.row[k] for k in ("method", "rate", "kept", "nll", "accuracy")})
-                if now.method == OURS:
-                    trained[OURS] = now.handle.model.eval()
-            yield moment(now.method, now.step, masked or now.row is not None)
-    finally:
-        if handle is not None:
-            handle.merge()  # a run that is left half-way follows its optimiser no more
+    for now in lab.watch(problem, s.ratio, STEPS, lab.METHODS, lab.OWN_RATES if s.own_rates else None):
+        masked = now.method == OURS and _masks(result, now.handle)
+        if now.row is None:
+            result.losses.setdefault(now.method, []).append(now.loss)
+        else:
+            result.rows.append({k: now.row[k] for k in ("method", "rate", "kept", "nll", "accuracy")})
+            if now.method == OURS:
+                trained[OURS] = now.handle.model.eval()
+        yield moment(now.method, now.step, masked or now.row is not None)
 
 
 def _masks(result: TrainingResult, handle: Compression) -> bool:

@@ -36,6 +36,7 @@ def parts(weight: Tensor, rank: int, kept: Sequence[int]) -> Figure:
     panels = {"W": weight.double(), "U V": product, "S, kept rows": sparse, "U V + S": product + sparse}
     error = float((rest - sparse).square().sum() / weight.double().square().sum())
     most = float(max(panel.abs().max() for panel in panels.values()))
+    rows = "1 row" if len(kept) == 1 else f"{len(kept)} rows"
     with style():
         fig, axes = subplots(1, len(panels), width=9.0, height=2.9)
         for axis, (name, panel) in zip(axes, panels.items(), strict=True):
@@ -52,7 +53,7 @@ def parts(weight: Tensor, rank: int, kept: Sequence[int]) -> Figure:
     return Figure(
         fig,
         f"Four maps of {weight.shape[0]} neurons by {weight.shape[1]} inputs: W, the product U V of rank {rank}, S "
-        f"with {len(kept)} rows kept, and U V + S, which misses {number(100 * error)} % of W's squared entries; a "
+        f"with {rows} kept, and U V + S, which misses {number(100 * error)} % of W's squared entries; a "
         "neuron whose row of S is gone still has its row of U V.",
     )
 

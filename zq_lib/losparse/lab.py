@@ -153,8 +153,13 @@ def watch(
         own, rate = problem.copy(), RATE if rates is None else rates[method]
         torch.manual_seed(0)  # dropout alike
         handle = None if method == DENSE else attach(own.model, settings(method, ratio, steps))
-        for step, loss in training(own, steps, rate):
-            yield Moment(method, step, loss, handle)
+        try:
+            for step, loss in training(own, steps, rate):
+                yield Moment(method, step, loss, handle)
+        except GeneratorExit:  # left half-way: the optimiser is followed no more
+            if handle is not None:
+                handle.merge()
+            raise
         if handle is not None:
             report = handle.finish()
         nll, accuracy = own.judge()
