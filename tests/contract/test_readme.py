@@ -57,7 +57,7 @@ def test_the_python_examples_run_one_after_the_other_and_do_what_they_say(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    steered, compressed, local, adapted, smaller = re.findall(r"```python\n(.*?)```", README, re.S)
+    steered, compressed, local, adapted, smaller, distilled = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(steered, "README.md", "exec"), names)
     assert "pilot" in capsys.readouterr().out.split("works as a")[1]
     exec(compile(compressed, "README.md", "exec"), names)
@@ -70,3 +70,7 @@ def test_the_python_examples_run_one_after_the_other_and_do_what_they_say(
     exec(compile(smaller, "README.md", "exec"), names)
     assert 0.19 < names["handle"].report().ratio < 0.21
     assert (tmp_path / "small" / "losparse_model.safetensors").stat().st_size < 60e6  # dense: 91 MB
+    capsys.readouterr()
+    exec(compile(distilled, "README.md", "exec"), names)
+    losses = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(losses) == 20 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
