@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zq_lib.core.attach import Gate, KeyBias
 from zq_lib.gear import GearConfig, packed_attention
 from zq_lib.gear.cache import GearLayer
+from zq_lib.gear.config import PRESETS
 from zq_lib.gear.view import View, view_of
 
 CONFIGS = {
@@ -103,6 +104,23 @@ def test_hidden_tokens_of_a_cut_segment_are_not_seen(config: GearConfig, left: i
     assert view.length == left
     query = normal(2, 4, 1, 16, seed=9)
     assert close(packed_attention(query, view, scale=0.3), reference(query, view, 0.3))
+
+
+@pytest.mark.parametrize("bits", [None, 2, 3, 4, 8])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_new_token_reads_every_preset_at_every_width_as_restored(preset: str, bits: int | None) -> None:
+    """Three queries per key head, a padded row, a prompt, pages of new tokens, and some of them taken back."""
+    config = PRESETS[preset]() if bits is None else PRESETS[preset]().but(bits=bits)
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[1, :9] = False
+    one = filled(config, [300, 64, 64, 1], heads=3, d=64, mask=mask)
+    query = normal(2, 9, 1, 64, seed=9)
+    for cut in (0, -30, -60):
+        one.crop(cut)
+        view = one.view()
+        seen = torch.nn.functional.pad(mask, (0, view.length - 300), value=True)[:, None, None]
+        found = packed_attention(query, view, scale=0.3, mask=seen)
+        assert close(found, reference(query, view, 0.3, seen))
 
 
 def test_a_query_that_sees_nothing_gets_zero() -> None:

@@ -7,7 +7,7 @@ import torch
 from gear_cases import error, normal, packed
 
 from zq_lib.gear import GearConfig
-from zq_lib.gear.outliers import per_side
+from zq_lib.gear.outliers import page_starts, per_side
 
 
 @pytest.mark.parametrize(
@@ -169,3 +169,11 @@ def test_any_number_of_tokens_has_its_last_page(n: int) -> None:
     marked = positions(block)
     assert marked.sum(dim=(1, 3)).eq(2 * per_side(block_codec("value", "vector"), 24)).all()
     assert (x - block.dequantize()).abs()[marked].max() < 4e-3
+
+
+def test_pages_start_where_the_strides_say_and_count_in_more_than_32_bits_where_they_must() -> None:
+    found = page_starts(torch.Size((2, 1, 2, 130)), (10_000, 7, 3_000, 16), torch.device("cpu"))
+    assert found.dtype == torch.int32
+    assert found.tolist() == [b + h + p for b in (0, 10_000) for h in (0, 3_000) for p in (0, 1024, 2048)]
+    far = page_starts(torch.Size((2, 1, 1, 64)), (2**31, 1, 1, 16), torch.device("cpu"))
+    assert far.dtype == torch.int64 and far.tolist() == [0, 2**31]

@@ -239,6 +239,33 @@ def test_part_of_a_long_segment_restores_its_tokens(settings: dict, start: int, 
         assert torch.allclose(part.dequantize(), whole.dequantize()[:, :, start:last], atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("width", [16, 64])
+def test_restoring_into_a_longer_tensor_writes_its_columns_and_no_other(bits: int, segments: int, width: int) -> None:
+    """As a layer restores: rows, heads and segments lie apart there; the sum is formed here from the stored parts."""
+    for kind in ("key", "value"):
+        pieces = [
+            packed(normal(2, 3, 64, width, seed=i), kind, bits=bits, rank=2, outliers=0.1) for i in range(segments)
+        ]
+        block = pieces[0]
+        for piece in pieces[1:]:
+            block = block.join(piece)
+        out = torch.full((2, 3, 5 + 64 * segments + 7, width), 9.0)
+        block.restore_into(out, 5)
+        for i, piece in enumerate(pieces):
+            left, right = piece.factors()
+            expected = (piece.backbone() + left @ right.mT)[:, 0]
+            for row in range(2):
+                starts = piece.out_start[row, 0].tolist()
+                for head in range(3):
+                    for entry in range(starts[head], starts[head + 1]):
+                        token, channel = int(piece.out_token[row, 0, entry]), int(piece.out_channel[row, 0, entry])
+                        expected[row, head, token, channel] += piece.out_delta[row, 0, entry].float()
+            assert torch.allclose(out[:, :, 5 + 64 * i : 69 + 64 * i], expected, atol=1e-5)
+        assert (out[:, :, :5] == 9).all() and (out[:, :, 5 + 64 * segments :] == 9).all()
+
+
 def test_a_range_of_tokens_of_several_segments_is_refused() -> None:
     block, *_ = page_block(2)
     with pytest.raises(ValueError, match="a block of 2 segments"):

@@ -6,6 +6,7 @@ A vector is one channel over a segment's tokens for keys, and one token over all
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -76,3 +77,16 @@ def to_entries(mask: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
         return x.to(dtype).view(b, m, -1)
 
     return entries(token % PAGE, torch.uint8), entries(channel, narrow), entries(delta[mask], torch.float16), start
+
+
+@lru_cache(maxsize=16)  # the layers of a model ask for the same
+def page_starts(shape: torch.Size, stride: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where the pages of a tensor [B, m, G, n, D] start, counted in numbers from its first one, in the order of their
+    entries: [B m G pages]. `shape` and `stride` without the last dimension; int32, which is faster, where it reaches.
+    """
+    far = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + stride[-1]
+    kind = torch.int32 if far < 2**31 else torch.int64
+    index = torch.zeros(1, dtype=kind, device=device)
+    for size, step, every in zip(shape, stride, (1, 1, 1, PAGE), strict=True):
+        index = (index[:, None] + torch.arange(0, size, every, dtype=kind, device=device) * step).flatten()
+    return index

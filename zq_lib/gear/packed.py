@@ -13,11 +13,13 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from zq_lib.core import backend
 from zq_lib.gear.config import Codec
 from zq_lib.gear.lowrank import factorise, to_int8
-from zq_lib.gear.outliers import PAGE, outlier_mask, to_entries
+from zq_lib.gear.outliers import PAGE, outlier_mask, page_starts, to_entries
 from zq_lib.gear.packing import pack, row_bytes, unpack
 from zq_lib.gear.quantize import encode, group_view, ranges
 
@@ -27,6 +29,7 @@ COMPONENTS = {
     "low rank": ("left", "right", "left_scale", "right_scale"),
     "outliers": ("out_token", "out_channel", "out_delta", "out_start"),
 }
+ENTRIES = ("out_token", "out_channel", "out_delta")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,26 +123,17 @@ class Packed:
 
     def _outliers_of_pages(self, pages: int, first: int, last: int) -> Self:
         """Outliers of the pages first..last of every head. Rows may have different numbers: zeros fill up."""
-        start = self.out_start[:, 0].long()  # [B, G pages + 1]
-        b, heads = start.shape[0], self.heads
-        counts = start.diff(dim=-1).view(b, heads, pages)
-        inside = torch.zeros_like(counts, dtype=torch.bool)
-        inside[:, :, first:last] = True
-        entry = torch.stack([inside[i].flatten().repeat_interleave(counts[i].flatten()) for i in range(b)])  # [B, N]
-        size = entry.sum(-1)
-        longest = int(size.max())
-        order = (~entry).to(torch.uint8).argsort(dim=-1, stable=True)[:, :longest]
-        begin = torch.nn.functional.pad(counts[:, :, first:last].flatten(1).cumsum(-1), (1, 0))
-        begin[:, -1] = longest  # fillers fall into the last page and add nothing
-        filler = torch.arange(longest, device=order.device) >= size[:, None]
-
-        def pick(x: Tensor) -> Tensor:
-            return x[:, 0].gather(1, order).masked_fill(filler, 0)[:, None]
-
-        return replace(
-            self, out_token=pick(self.out_token), out_channel=pick(self.out_channel), out_delta=pick(self.out_delta),
-            out_start=begin[:, None].to(torch.int32),
-        )  # fmt: skip
+        found = {name: [] for name in ENTRIES}
+        starts = self.out_start[:, 0].tolist()
+        for row, start in enumerate(starts):
+            spans = [slice(start[h + first], start[h + last]) for h in range(0, self.heads * pages, pages)]
+            for name, kept in found.items():
+                kept.append(torch.cat([getattr(self, name)[row, 0, part] for part in spans]))
+        filled = {name: pad_sequence(kept, batch_first=True)[:, None] for name, kept in found.items()}
+        counts = self.out_start.diff(dim=-1).unflatten(2, (-1, pages))[..., first:last].flatten(2)
+        begin = pad(counts.cumsum(-1), (1, 0))
+        begin[..., -1] = filled["out_delta"].shape[-1]  # fillers fall into the last page and add nothing
+        return replace(self, **filled, out_start=begin.to(torch.int32))
 
     @property
     def heads(self) -> int:
@@ -174,25 +168,33 @@ class Packed:
         self._backbone_into(out)
         return out
 
+    def _add_low_rank(self, out: Tensor) -> None:
+        """Add A B^T to `out` [B, m, G, n, D], as above."""
+        if (found := self.factors()) is None:
+            return
+        a, b = found
+        if self.count > 1:  # a part of a larger tensor has no three dimensions then
+            out += a @ b.mT
+        else:  # in place; the product is faster with B^T in rows
+            out.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2).mT.contiguous())
+
+    def _add_outliers(self, out: Tensor) -> None:
+        """Add what is missing at outliers to `out` [B, m, G, n, D], as above."""
+        if self.out_delta is None:
+            return
+        index = page_starts(out.shape[:4], out.stride()[:4], out.device)
+        index = index.repeat_interleave(self.out_start.diff(dim=-1).flatten(), output_size=self.out_token.numel())
+        index.add_(self.out_token.flatten(), alpha=out.stride(3)).add_(self.out_channel.flatten())
+        reach = out.untyped_storage().nbytes() // out.itemsize - out.storage_offset()
+        out.as_strided((reach,), (1,)).index_add_(0, index, self.out_delta.flatten().float())
+
     def restore_into(self, out: Tensor, start: int = 0) -> None:
         """Write the m n restored tokens to out[:, :, start:]. `out` [B, G, S, D] float32, contiguous."""
-        n = self.tokens
-        here = out[:, :, start : start + self.count * n].unflatten(2, (self.count, n)).transpose(1, 2)
-        self._backbone_into(here)  # [B, m, G, n, D]
-        if (found := self.factors()) is not None:
-            here += found[0] @ found[1].mT
-        if self.out_delta is not None:
-            b, heads, size, d = out.shape
-            first = torch.arange(0, b * heads * size, size, device=out.device).view(b, 1, heads, 1) + start
-            first = first + torch.arange(0, self.count * n, n, device=out.device)[:, None, None]
-            first = first + torch.arange(0, n, PAGE, device=out.device)  # row of each page in `out`, [B, m, G, pages]
-            index = (
-                (first * d)
-                .flatten()
-                .repeat_interleave(self.out_start.diff(dim=-1).flatten(), output_size=self.out_token.numel())
-            )
-            index.add_(self.out_token.flatten(), alpha=d).add_(self.out_channel.flatten())
-            out.view(-1).index_add_(0, index, self.out_delta.flatten().float())
+        size = self.count * self.tokens
+        here = out[:, :, start : start + size].unflatten(2, (self.count, -1)).transpose(1, 2)  # [B, m, G, n, D]
+        self._backbone_into(here)
+        self._add_low_rank(here)
+        self._add_outliers(here)
 
     def dequantize(self) -> Tensor:
         """The restored tensor, [B, G, m n, D] float32."""

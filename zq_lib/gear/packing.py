@@ -46,27 +46,32 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     if bits == 3:
-        low, high = packed.split([packed.shape[-1] * 2 // 3, packed.shape[-1] // 3], -1)
-        found, plane = _words(unpack(low, 2), 8), _words(high.contiguous())
-        bit = (plane.unsqueeze(-2) >> _shifts(1, 1, plane.dtype, plane.device)).bitwise_and_(_each(plane, 1))
-        return found.bitwise_or_(bit.bitwise_left_shift_(2).flatten(-2)).view(torch.uint8)
-    plane = _words(packed.contiguous())
-    parts = plane >> _shifts(bits, plane.dim(), plane.dtype, plane.device)
-    parts = parts.bitwise_and_(_each(plane, 2**bits - 1))
-    if packed.shape[-1] % 16 == 0:  # joined 16 bytes at a time, whatever they mean
-        parts = parts.view(torch.complex128)
+        words = packed.view(torch.int64) if packed.shape[-1] % 24 == 0 else packed
+        low, high = words.split([words.shape[-1] * 2 // 3, words.shape[-1] // 3], -1)
+        # the low plane is twice as wide: each of its parts meets two of the high one's, side by side
+        low, high = low.clone(memory_format=torch.contiguous_format), torch.cat([high, high >> 1], -1)
+        parts = _parts(low, 2, 2).add_(_parts(high, 2, 1), alpha=4)
+    else:
+        parts = _parts(packed, bits, bits)
+    parts = _wide(parts, torch.complex128, torch.int64)
+    if parts.shape[-1] == 1:  # faster than `cat` by a third
+        return parts.movedim(0, -2).contiguous().flatten(-2).view(torch.uint8)
     return torch.cat(parts.unbind(0), -1).view(torch.uint8)
 
 
-def _words(x: Tensor, pieces: int = 1) -> Tensor:
-    """Bytes [..., N] eight at a time where each of the `pieces` of a row has them: a shift carries bits into the next
-    byte only where a mask clears them."""
-    return x.view(torch.int64) if x.shape[-1] // pieces % 8 == 0 else x
+def _parts(plane: Tensor, step: int, bits: int) -> Tensor:
+    """What `bits` bits hold at 0, step, 2 step, ... of every byte, in a first dimension: [8 / step, ..., bytes / 4]."""
+    # int32 is what a processor shifts fastest; bits that come from the next byte are masked
+    words = _wide(plane.contiguous(), torch.int32)
+    mask = 2**bits - 1
+    parts = words >> _shifts(step, words.dim(), words.dtype, words.device)
+    return parts.bitwise_and_(mask * 0x01010101 if words.dtype == torch.int32 else mask)
 
 
-def _each(words: Tensor, mask: int) -> int:
-    """The mask of a byte for every byte of a word."""
-    return mask * 0x0101010101010101 if words.dtype == torch.int64 else mask
+def _wide(x: Tensor, *kinds: torch.dtype) -> Tensor:
+    """The same bytes in rows of the first kind that fits, else as bytes."""
+    size = x.shape[-1] * x.itemsize
+    return x.view(next((kind for kind in kinds if size % kind.itemsize == 0), torch.uint8))
 
 
 @cache

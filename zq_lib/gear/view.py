@@ -45,7 +45,8 @@ class View:
         """One side. A cropped block's hidden tokens are written too, and then overwritten by what follows."""
         b, heads, _, d = exact.shape
         out = torch.empty(b, heads, max(self.length, stored), d, device=exact.device)
-        out[:, :, : self.sinks] = exact[:, :, : self.sinks]
+        if self.sinks:
+            out[:, :, : self.sinks] = exact[:, :, : self.sinks]
         column = self.sinks
         for block in self.blocks:
             getattr(block, side).restore_into(out, column)
