@@ -6,7 +6,7 @@ from importlib import import_module
 from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "adalora", "gear", "losparse", "masformer", "pasta"]
+__all__ = ["__version__", "adalora", "adashift", "gear", "losparse", "masformer", "pasta", "ted"]
 
 
 def __getattr__(name: str) -> ModuleType:

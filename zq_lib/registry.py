@@ -129,6 +129,8 @@ METHODS: dict[str, Method] = {
             "Distils layer by layer through filters that keep what the task needs.",
             "What should a student copy?",
             "transformers models, `Trainer`",
+            45,
+            built=True,
         ),
         Method(
             "adashift",
@@ -139,6 +141,8 @@ METHODS: dict[str, Method] = {
             "Adam with a second moment taken from shifted, decorrelated gradients.",
             "Why can Adam walk the wrong way?",
             "`torch.optim.Optimizer`",
+            45,
+            built=True,
         ),
         Method(
             "r3m",

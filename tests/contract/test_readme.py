@@ -57,7 +57,7 @@ def test_the_python_examples_run_one_after_the_other_and_do_what_they_say(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    steered, compressed, local, adapted, smaller, distilled = re.findall(r"```python\n(.*?)```", README, re.S)
+    steered, compressed, local, adapted, smaller, distilled, shifted = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(compile(steered, "README.md", "exec"), names)
     assert "pilot" in capsys.readouterr().out.split("works as a")[1]
     exec(compile(compressed, "README.md", "exec"), names)
@@ -74,3 +74,5 @@ def test_the_python_examples_run_one_after_the_other_and_do_what_they_say(
     exec(compile(distilled, "README.md", "exec"), names)
     losses = [float(line) for line in capsys.readouterr().out.split()]
     assert len(losses) == 20 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    exec(compile(shifted, "README.md", "exec"), names)
+    assert float(capsys.readouterr().out) < 0.8  # from 1.1

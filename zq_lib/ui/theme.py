@@ -105,7 +105,7 @@ CSS = """
 .zq-words .wrap { max-height: 9.5rem; overflow-y: auto; gap: .15rem !important; }
 .zq-words label { padding: .05rem .35rem !important; font-size: .85rem !important; }
 .zq-few label span, .zq-words label span { margin-left: .3rem !important; }
-.zq-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 26rem)); gap: 1rem; }
+.zq-cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
 .zq-card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
   border-radius: 10px; padding: 1rem 1.2rem; display: flex; flex-direction: column; gap: .5rem; }
 .zq-card h2 { margin: 0; font-size: 1.25rem; }
