@@ -13,12 +13,13 @@ export MKL_NUM_THREADS ?= 1
 export TRITON_DEFAULT_FP_FUSION ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install lab demo test lint unit notebooks profile bench gpu constraints clean
+.PHONY: help install lab demo test slow lint unit notebooks profile bench gpu constraints clean
 
 help:
 	@echo "make lab        JupyterLab on the start notebook"
 	@echo "make demo       the gallery of demos in a browser"
 	@echo "make test       everything CI runs"
+	@echo "make slow       the stored results that take minutes to make again"
 	@echo "make notebooks  execute the notebooks again"
 	@echo "make bench      measure again and write the result tables"
 	@echo "make gpu        kernel tests and benchmarks on this machine's GPU"
@@ -46,7 +47,10 @@ lint: $(READY)
 
 # Models and data are installed here, so a test that misses them fails instead of skipping.
 unit: $(READY)
-	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
+	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+
+slow: $(READY)
+	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -m slow --durations=10
 
 notebooks: $(READY)
 	$(BIN)/python -m zq_lib.nb.execute $(NOTEBOOKS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -124,17 +124,19 @@ def step(say: Say) -> list[Row]:
     return rows
 
 
-def removal(say: Say) -> list[Row]:
+def removal(
+    say: Say, ranks: Sequence[tuple[int, int]] = ((RANK, TARGET), (64, 16), (128, 32)), repeats: int = 15
+) -> list[Row]:
     """A step of the final phase, dropped triplets cut out against masked, and the adapters' part of both steps.
 
     The part is what a step costs beyond the same network with frozen weights and no adapters. The optimiser is the
     fused AdamW: the plain one takes so long over many small tensors that their size hardly matters.
     """
     rows = []
-    for rank, target in ((RANK, TARGET), (64, 16), (128, 32)):
+    for rank, target in ranks:
         say(f"removal, {rank} to {target}")
         cut, masked, plain = _final_step(rank, target, True), _final_step(rank, target, False), _plain_step()
-        times = [[cpu_seconds(call) for call in (cut[0], masked[0], plain)] for _ in range(16)][1:]
+        times = [[cpu_seconds(call) for call in (cut[0], masked[0], plain)] for _ in range(repeats + 1)][1:]
         medians = [statistics.median(column) for column in zip(*times, strict=True)]
         part = statistics.median((c - p) / (m - p) for c, m, p in times)
         rows.append({

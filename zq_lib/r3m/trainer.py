@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from zq_lib.r3m.reward import rewards_of
 BUDGET = "r3m_budget.safetensors"
 
 
-class _PreferenceTrainer(Trainer):
+class _PreferenceTrainer(ABC, Trainer):
     """A Trainer on rows of `encode`, whose log has `r3m_accuracy`, `r3m_flagged` and `r3m_margin` since its last entry.
 
     Evaluation gives `eval_loss`. It needs `remove_unused_columns=False`: the model does not read the rows itself.
@@ -49,9 +50,9 @@ class _PreferenceTrainer(Trainer):
             self.add_callback(_Budget(self.loss))
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs, so accumulation divides it
 
+    @abstractmethod
     def terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean loss and margins [B] of a batch."""
-        raise NotImplementedError
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
