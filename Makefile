@@ -47,7 +47,7 @@ lint: $(READY)
 
 # Models and data are installed here, so a test that misses them fails instead of skipping.
 unit: $(READY)
-	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
 slow: $(READY)
 	ZQ_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -m slow --durations=10
