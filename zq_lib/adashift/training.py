@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from zq_lib.adashift.optimizer import AdaShift
+from zq_lib.core import data
 from zq_lib.core.lab import Row
 from zq_lib.core.seeding import seed_everything
 
@@ -64,14 +65,10 @@ def load_digits(seed: int = 0) -> Digits:
 
     Raises ModuleNotFoundError without scikit-learn.
     """
-    try:
-        from sklearn.datasets import load_digits as load
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the digits come with scikit-learn; run `pip install scikit-learn`") from error
-    found = load()
-    order = np.random.default_rng(seed).permutation(len(found.target))
-    images = torch.tensor(found.data[order] / 16, dtype=torch.float32)
-    labels = torch.tensor(found.target[order].astype(np.int64))
+    pictures, classes = data.digits()
+    order = np.random.default_rng(seed).permutation(len(classes))
+    images = torch.tensor(pictures[order], dtype=torch.float32).flatten(1)
+    labels = torch.tensor(classes[order])
     return Digits(images[:-TEST], labels[:-TEST], images[-TEST:], labels[-TEST:])
 
 

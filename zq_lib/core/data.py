@@ -167,3 +167,16 @@ def technical() -> str:
 def _text(key: str, file: str) -> str:
     path: Path = assets.path(key, file)
     return path.read_text("utf-8")
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1,797 handwritten digits: images [n, 8, 8] from 0 to 1, fp64, and labels [n], int64.
+
+    They come with the package, which is imported for them. Raises ModuleNotFoundError without it.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the digits come with scikit-learn; run `pip install scikit-learn`") from error
+    found = load_digits()
+    return found.images / 16, found.target.astype(np.int64)

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from zq_lib.core import data
 from zq_lib.core.lab import FULL, Row
 from zq_lib.core.seeding import seed_everything
 from zq_lib.ted.arms import LABELS, Arm, Problem, Shuffled, in_order, keep_states, train
@@ -89,12 +89,8 @@ def reader(width: int, seed: int) -> PairForSequenceClassification:
 
 def load_images() -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 digits: images [n, 8, 8] from 0 to 1 and labels [n]. Raises ModuleNotFoundError without."""
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the digits come with scikit-learn; run `pip install scikit-learn`") from error
-    found = load_digits()
-    return torch.tensor(found.images / 16, dtype=torch.float32), torch.tensor(found.target.astype(np.int64))
+    images, labels = data.digits()
+    return torch.tensor(images, dtype=torch.float32), torch.tensor(labels)
 
 
 @dataclass
